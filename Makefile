@@ -1,0 +1,45 @@
+# make demo | test | lint | bench: each sets up .venv by itself, once.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: setup demo test lint format bench clean
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/.installed
+
+# torch first and pinned: the extension is built against the torch that is there.
+$(VENV)/.torch:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/rlhf demo --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build *.egg-info rlhf_kernels/*.so

@@ -1,0 +1,181 @@
+"""Which implementation of an op runs: the only place in the package that decides.
+
+    triton   rlhf_kernels/triton_kernels/<stem>.py           on CUDA, or anywhere under TRITON_INTERPRET=1
+    native   csrc/cpu/<stem>.cpp, csrc/cuda/<stem>.cu        where the extension was built
+    torch    rlhf_kernels/reference.py                       always
+
+Automatic choice takes the first of `PREFERENCE` that exists. An explicit choice, `RLHF_KERNELS_BACKEND=native` or
+`with use_backend("native"):`, raises where that backend lacks the op and never falls back.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "native", "torch")
+
+# Per device, then per (device, op) where a measurement says otherwise.
+PREFERENCE: dict[str | tuple[str, str], tuple[str, ...]] = {
+    "cuda": ("triton", "native", "torch"),
+    "cpu": ("native", "torch"),
+}
+
+LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
+_NATIVE = torch.library.Library("rlhf_kernels_native", "DEF")  # the empty twin that C++ fills
+
+_pickers: dict[str, Callable[[str, str | None], tuple[str, Callable[..., Any]]]] = {}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = os.environ.get("RLHF_KERNELS_BACKEND") or None
+if _forced:
+    _checked(_forced, "RLHF_KERNELS_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend: "triton", "native" or "torch".
+
+    Process-wide, not per thread: autograd runs backward passes on threads of its own. An op that the backend lacks
+    raises NotImplementedError.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name, "use_backend: name")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def register(
+    schema: str, *, fake: Callable[..., Any], torch_impl: Callable[..., Any], triton: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Define `rlhf_kernels::<op>` and its native twin from one schema string; returns the callable op.
+
+    The schema's first argument must be a Tensor: its device decides the row of `PREFERENCE`.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    _NATIVE.define(schema)
+    implementations = {
+        "triton": triton,
+        "native": getattr(torch.ops.rlhf_kernels_native, name).default,
+        "torch": torch_impl,
+    }
+
+    @functools.cache
+    def pick(device: str, forced: str | None) -> tuple[str, Callable[..., Any]]:
+        order = PREFERENCE.get((device, name)) or PREFERENCE.get(device, ("torch",))
+        candidates = (forced,) if forced else order
+        for backend in candidates:
+            implementation = implementations[backend]
+            if implementation is not None and _runs(name, backend, device):
+                return backend, implementation
+        raise NotImplementedError(f"{name}: no {' or '.join(candidates)} implementation on {device}")
+
+    def dispatch(*args: Any) -> Any:
+        return pick(args[0].device.type, _forced)[1](*args)
+
+    _pickers[name] = pick
+    LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rlhf_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.rlhf_kernels, name).default
+
+
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Differentiate `rlhf_kernels::<op>`, once and above the backends; a second derivative raises."""
+
+    def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # only under create_graph=True
+            raise RuntimeError(f"{op.removesuffix('_fwd')}: double backward (create_graph=True) is not supported")
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"rlhf_kernels::{op}", backward_once, setup_context=setup_context, lib=LIBRARY)
+
+
+def register_loss_autograd(op: str, grads: dict[int, int]) -> None:
+    """Autograd of an op that returns (loss, stats, gradients …) with the gradients at an upstream gradient of one.
+
+    `grads` maps the position of a differentiable input to the position of its gradient among the outputs.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*(output[position] for position in grads.values()))
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.arity = len(inputs)
+
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * ctx.arity
+        for position, unit in zip(grads, ctx.saved_tensors):
+            if grad_loss is not None and ctx.needs_input_grad[position]:
+                result[position] = unit * grad_loss.to(unit.dtype)
+        return tuple(result)
+
+    register_autograd(op, backward, setup_context)
+
+
+def _runs(op: str, backend: str, device: str) -> bool:
+    if backend == "native":
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_kernels_native::{op}", device.upper())
+    if backend == "triton":
+        return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return True
+
+
+def has(stem: str, backend: str, device: str) -> bool:
+    """True if every op of the stem (`<stem>`, `<stem>_fwd`, `<stem>_bwd`) has this backend on this device."""
+    ops = [op for op in (stem, f"{stem}_fwd", f"{stem}_bwd") if op in _pickers]
+    if not ops:
+        raise ValueError(f"backend.has: no op is called {stem!r}")
+    for op in ops:
+        try:
+            _pickers[op](device, _checked(backend, "backend.has: backend"))
+        except NotImplementedError:
+            return False
+    return True
+
+
+def table(device: str) -> dict[str, str]:
+    """Op → the backend that runs it on `device` ("cpu", "cuda") as things stand now."""
+    chosen = {}
+    for op, pick in _pickers.items():
+        try:
+            chosen[op] = pick(device, _forced)[0]
+        except NotImplementedError:
+            chosen[op] = "none"
+    return chosen
+
+
+def import_triton(stem: str) -> Any:
+    """The stem's Triton module, or None where Triton is not installed or the stem has no Triton kernel."""
+    path = f"{__package__}.triton_kernels.{stem}"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(f"{__package__}.triton_kernels") is None:
+        return None
+    return importlib.import_module(path) if importlib.util.find_spec(path) else None
+
+
+def load_extension() -> bool:
+    """Import the C++ extension, which registers its kernels; warns once and returns False where it was not built."""
+    if importlib.util.find_spec(f"{__package__}._C") is None:
+        warnings.warn(
+            "rlhf_kernels: the C++ extension is not built, so ops run on the slower torch backend. "
+            "To build it: pip install --no-build-isolation with a C++ compiler and torch installed.",
+            stacklevel=3,
+        )
+        return False
+    importlib.import_module(f"{__package__}._C")
+    return True

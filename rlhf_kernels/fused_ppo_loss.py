@@ -1,0 +1,118 @@
+"""PPO from logits and scores to a loss and the gradient of the logits: the whole chain as one op."""
+
+from typing import Any
+
+from torch import Tensor
+
+from . import backend, checks, reference_losses
+from .ppo_loss import as_normalizer, check_clips, grad_fake, loss_fake, needs_grad
+from .stats import FusedPPOStats
+from .token_logprobs import check_logits
+from .token_rewards import check_rewards
+
+_triton = backend.import_triton("fused_ppo_loss")
+
+
+def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, with_grad = rest[5], rest[-1]
+    loss, stats = loss_fake(logits, len(FusedPPOStats._fields))
+    return loss, stats, grad_fake(logits, with_grad), grad_fake(values, with_grad)
+
+
+_fwd = backend.register(
+    "fused_ppo_loss_fwd(Tensor logits, Tensor tokens, Tensor scores, Tensor old_logprobs, Tensor ref_logprobs, "
+    "Tensor? attention, Tensor values, Tensor old_values, Tensor mask, Tensor? normalizer, float temperature, "
+    "float? softcap, float kl_coef, float beta, float gamma, float lam, str kl_estimator, bool whiten, "
+    "float cliprange, float cliprange_high, float? cliprange_value, float vf_coef, float? dual_clip, "
+    "float entropy_coef, bool with_grad) -> (Tensor loss, Tensor stats, Tensor dlogits, Tensor dvalues)",
+    fake=_fake,
+    torch_impl=reference_losses.fused_ppo_loss_fwd,
+    triton=_triton and _triton.fwd,
+)
+backend.register_loss_autograd("fused_ppo_loss_fwd", {0: 2, 6: 3})
+
+
+def fused_ppo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    attention: Tensor | None,
+    values: Tensor,
+    old_values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    beta: float,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    kl_estimator: str = "k1",
+    whiten: bool = True,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    cliprange_value: float | None = 0.2,
+    vf_coef: float = 0.1,
+    dual_clip: float | None = None,
+    normalizer: float | Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, FusedPPOStats]:
+    """`token_logprobs_entropy`, `rollout_advantages` and `ppo_loss` composed, gradient included.
+
+        advantages, returns = rollout_advantages(scores, old_logprobs, ref_logprobs, attention, old_values, mask)
+        loss = ppo_loss(token_logprobs(logits, tokens), …) − entropy_coef · Σ_mask entropy / normalizer
+
+    Advantages are computed from, and whitened over, the rows given here: call it on whole optimiser batches.
+
+    Args:
+        logits: [B, T, V] float, differentiable, already shifted: logits[:, t] predicts tokens[:, t].
+        tokens: [B, T] int64. scores: [B]. old_logprobs, ref_logprobs, old_values: [B, T], constants.
+        attention: [B, T] or None. values: [B, T], differentiable. mask: [B, T] bool.
+        The scalars are those of the three ops.
+
+    Returns:
+        (loss 0-d, FusedPPOStats), fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that do not fit, a token that is not below V.
+    """
+    op = "fused_ppo_loss"
+    checks.ndim(op, "logits", logits, "[B, T, V]")
+    check_logits(op, logits, tokens, mask)
+    mask = check_rewards(op, scores, old_logprobs, ref_logprobs, attention, mask, beta, kl_estimator)
+    checks.same_shape(op, {"tokens": tokens}, old_logprobs=old_logprobs, values=values, old_values=old_values)
+    checks.floating(op, values=values, old_values=old_values)
+    checks.fraction(op, gamma=gamma, lam=lam)
+    checks.positive(op, temperature=temperature, softcap=softcap)
+    high = check_clips(op, cliprange, cliprange_high, dual_clip)
+    checks.not_negative(op, cliprange_value=cliprange_value, vf_coef=vf_coef)
+    loss, stats, _, _ = _fwd(
+        logits,
+        tokens,
+        scores.detach(),
+        old_logprobs.detach(),
+        ref_logprobs.detach(),
+        attention if attention is None else attention.detach(),
+        values,
+        old_values.detach(),
+        mask,
+        as_normalizer(op, normalizer, logits),
+        temperature,
+        softcap,
+        kl_coef,
+        beta,
+        gamma,
+        lam,
+        kl_estimator,
+        whiten,
+        cliprange,
+        high,
+        cliprange_value,
+        vf_coef,
+        dual_clip,
+        entropy_coef,
+        needs_grad(logits, values),
+    )
+    return loss, FusedPPOStats(*stats.unbind())
