@@ -87,7 +87,12 @@ def register(
         raise NotImplementedError(f"{name}: no {' or '.join(candidates)} implementation on {device}")
 
     def dispatch(*args: Any) -> Any:
-        return pick(args[0].device.type, _forced)[1](*args)
+        device = args[0].device.type
+        implementation = pick(device, _forced)[1]
+        if torch.is_autocast_enabled(device):  # it was applied to the op's inputs; what happens inside stays in fp32
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
 
     _pickers[name] = pick
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")

@@ -81,8 +81,8 @@ def fused_ppo_loss(
     op = "fused_ppo_loss"
     checks.ndim(op, "logits", logits, "[B, T, V]")
     check_logits(op, logits, tokens, mask)
-    mask = check_rewards(op, scores, old_logprobs, ref_logprobs, attention, mask, beta, kl_estimator)
     checks.same_shape(op, {"tokens": tokens}, old_logprobs=old_logprobs, values=values, old_values=old_values)
+    mask = check_rewards(op, scores, old_logprobs, ref_logprobs, attention, mask, beta, kl_estimator)
     checks.floating(op, values=values, old_values=old_values)
     checks.fraction(op, gamma=gamma, lam=lam)
     checks.positive(op, temperature=temperature, softcap=softcap)

@@ -33,6 +33,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
     Source: Ziegler et al. 2019 (arXiv 1909.08593), which whitens advantages (and rewards without the shift).
     """
     mask = _checked_mask("masked_whiten", x, mask)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     count = mask.sum().clamp(min=1)
     mean = _masked_sum(x, mask) / count
     centered = torch.where(mask, x - mean, 0)

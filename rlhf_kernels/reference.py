@@ -19,8 +19,9 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def upcast(tensor: Tensor) -> Tensor:
-    return tensor.to(compute_dtype(tensor))
+def upcast(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The tensor in its own compute dtype, or in that of the op's leading input, which outputs follow."""
+    return tensor.to(compute_dtype(tensor if like is None else like))
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities
@@ -53,14 +54,19 @@ def token_logprobs_fwd(
     valid = _valid(tokens, mask)
     index, outside = _token_index("token_logprobs", tokens, valid, logits.shape[-1])
     z = _scaled(torch.where(valid[..., None], logits, 0), temperature, softcap)
-    lse = z.logsumexp(-1)
+    # Everything is taken relative to the highest logit: near 1e4 an fp32 logsumexp is off by 5e-4, and Σ p·z by nats.
+    highest = z.amax(-1, keepdim=True)
+    highest = torch.where(highest == -torch.inf, 0, highest)
+    z = z - highest
+    log_total = z.logsumexp(-1)
     chosen = z.gather(-1, index[..., None]).squeeze(-1)
-    logprobs = torch.where(chosen == -torch.inf, chosen, chosen - lse).masked_fill(outside, torch.nan)
-    entropy = lse.new_empty(0)
+    logprobs = torch.where(chosen == -torch.inf, chosen, chosen - log_total).masked_fill(outside, torch.nan)
+    entropy = log_total.new_empty(0)
     if with_entropy:
-        p = _probabilities(z, lse)
-        entropy = lse - torch.where(p > 0, p * z, 0).sum(-1)
-        entropy = torch.where(valid & (lse != -torch.inf), entropy, 0)
+        p = _probabilities(z, log_total)
+        entropy = log_total - torch.where(p > 0, p * z, 0).sum(-1)
+        entropy = torch.where(valid & (log_total != -torch.inf), entropy, 0)
+    lse = log_total + highest.squeeze(-1)
     return torch.where(valid, logprobs, 0), entropy, torch.where(valid, lse, 0)
 
 
@@ -224,7 +230,7 @@ def policy_ref_logprobs_fwd(
     valid = _valid(tokens, mask)
     p, log_ratio = _log_ratio(logits, ref_logits, valid, lse, ref_lse, temperature)
     kl = torch.where(p > 0, p * log_ratio, 0).sum(-1)
-    return logprobs, ref_logprobs, entropy, torch.where(valid, kl, 0), lse, ref_lse
+    return logprobs, ref_logprobs, entropy, torch.where(valid, kl, 0).to(entropy.dtype), lse, ref_lse
 
 
 def _log_ratio(
@@ -306,7 +312,7 @@ def _last_true(mask: Tensor) -> Tensor:
 
 def log_difference(logprobs: Tensor, other: Tensor, mask: Tensor) -> Tensor:
     """logprobs − other; 0 where masked and where both are −inf."""
-    difference = upcast(logprobs) - upcast(other)
+    difference = upcast(logprobs) - upcast(other, logprobs)
     both = (logprobs == -torch.inf) & (other == -torch.inf)
     return torch.where(mask & ~both, difference, 0)
 
@@ -335,16 +341,17 @@ def token_rewards(
 ) -> tuple[Tensor, Tensor]:
     kl = torch.where(mask, kl_estimate(log_difference(logprobs, ref_logprobs, mask), kl_estimator), 0)
     last = torch.arange(mask.shape[-1], device=mask.device) == _last_true(mask)[:, None]
-    score = upcast(scores)[:, None]
+    score = upcast(scores, logprobs)[:, None]
     credit = torch.where(last, score, 0)
     if attention is not None:
-        credit = (1 - beta) * credit + torch.where(mask, beta * _normalized(attention, mask) * score, 0)
-    return (credit - kl_coef * kl).to(kl.dtype), kl
+        weights = _normalized(upcast(attention, logprobs), mask)
+        credit = (1 - beta) * credit + torch.where(mask, beta * weights * score, 0)
+    return credit - kl_coef * kl, kl
 
 
 def _normalized(attention: Tensor, mask: Tensor) -> Tensor:
     """Attention renormalised over the mask; uniform where its mass is nothing or not a number."""
-    weights = torch.where(mask, upcast(attention), 0)
+    weights = torch.where(mask, attention, 0)
     total = weights.sum(-1, keepdim=True)
     usable = (total >= 1e-12) & (total < torch.inf)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -352,7 +359,7 @@ def _normalized(attention: Tensor, mask: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    rewards, values = torch.where(mask, upcast(rewards), 0), torch.where(mask, upcast(values), 0)
+    rewards, values = (torch.where(mask, upcast(x, rewards), 0) for x in (rewards, values))
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
     for t in reversed(range(rewards.shape[1])):

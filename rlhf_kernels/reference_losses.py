@@ -51,7 +51,7 @@ def _policy_terms(
     difference = log_difference(logprobs, old_logprobs, mask)
     log_ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    advantages = torch.where(mask, upcast(advantages), 0)
+    advantages = torch.where(mask, upcast(advantages, logprobs), 0)
     gain = advantages > 0
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -76,7 +76,7 @@ def _policy_terms(
 def _value_terms(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    values, old_values, returns = (torch.where(mask, upcast(x), 0) for x in (values, old_values, returns))
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     error = values - returns
     loss, derivative, clipfrac = error.square(), error, torch.zeros_like(error)
     if cliprange_value is not None:
@@ -113,7 +113,8 @@ def ppo_loss_fwd(
     policy, dpolicy, stats, counted = _policy_terms(
         logprobs, old_logprobs, advantages, mask, cliprange, cliprange_high, dual_clip
     )
-    value, dvalue, value_stats = _value_terms(values, old_values, returns, counted, cliprange_value)
+    value_inputs = (upcast(x, logprobs) for x in (values, old_values, returns))
+    value, dvalue, value_stats = _value_terms(*value_inputs, counted, cliprange_value)
     total = _normalizer(counted, normalizer, policy.dtype)
     stats |= value_stats
     stats["policy_loss"], stats["value_loss"] = policy.sum() / total, value.sum() / total
@@ -272,9 +273,9 @@ def rrhf_loss_fwd(
     best = candidate & ~beaten
     rank_loss = torch.where(wrong, gap, 0).sum() / count
     sft_loss = -torch.where(best, summed, 0).sum() / count
-    pairs = worse.sum().clamp(min=1)
+    pairs = worse.sum().clamp(min=1).to(p.dtype)
     accuracy = (worse & (gap < 0)).sum() / pairs
-    stats = torch.stack([rank_loss, sft_loss, accuracy.to(p.dtype), count * candidate.any()])
+    stats = torch.stack([rank_loss, sft_loss, accuracy, count * candidate.any()])
     loss = rank_coef * rank_loss + sft_coef * sft_loss
     if not with_grad:
         return loss, stats, logprobs.new_empty(0)
@@ -298,7 +299,7 @@ def rm_pairwise_loss_fwd(
     s = upcast(scores)
     better, worse = s[chosen], s[rejected]
     difference = better - worse
-    required = difference if margin is None else difference - margin
+    required = difference if margin is None else difference - upcast(margin, scores)
     weight = _pair_weights(better, prompts)
     total = better + worse
     loss = (weight * (_softplus(-required) + center_coef * total.square())).sum()
@@ -348,11 +349,11 @@ def rm_listwise_loss_fwd(
     logits = torch.where(rivals, s, -torch.inf)
     lse = logits.logsumexp(-1) if len(s) else s
     loss = (lse - s).sum() / count
-    pairs = beats.sum().clamp(min=1)
+    pairs = beats.sum().clamp(min=1).to(s.dtype)
     accuracy = (beats & (s[:, None] > s)).sum() / pairs
     first = beats.any(1) & ~beats.any(0)
-    top1 = (first & ~(same & (s > s[:, None])).any(1)).sum() / first.sum().clamp(min=1)
-    stats = torch.stack([accuracy, top1]).to(s.dtype)
+    top1 = (first & ~(same & (s > s[:, None])).any(1)).sum() / first.sum().clamp(min=1).to(s.dtype)
+    stats = torch.stack([accuracy, top1])
     if not with_grad:
         return loss, stats, scores.new_empty(0)
     grad = ((logits - lse[:, None]).exp().sum(0) - 1) / count
@@ -360,7 +361,7 @@ def rm_listwise_loss_fwd(
 
 
 def rm_regression_loss_fwd(scores: Tensor, targets: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    s, target = upcast(scores), upcast(targets).to(compute_dtype(scores))
+    s, target = upcast(scores), upcast(targets, scores)
     error = s - target
     count = max(s.numel(), 1)
     x, y = s - s.sum() / count, target - target.sum() / count
@@ -377,14 +378,15 @@ def rm_regression_loss_fwd(scores: Tensor, targets: Tensor, with_grad: bool) -> 
 def token_feedback_loss_fwd(
     logits: Tensor, ref_logits: Tensor, tokens: Tensor, labels: Tensor, beta: float, kind: str, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    ref_logits = upcast(ref_logits, logits)
     logprobs, _, lse = token_logprobs_fwd(logits, tokens, None, 1.0, None, False)
     ref_logprobs, _, ref_lse = token_logprobs_fwd(ref_logits, tokens, None, 1.0, None, False)
     valid = tokens >= 0
-    label = torch.where(valid, upcast(labels), 0)
+    label = torch.where(valid, upcast(labels, logits), 0)
     count = valid.sum().clamp(min=1).to(logprobs.dtype)
     forbidden = logits == -torch.inf
     logp = torch.where(valid[..., None], upcast(logits), 0) - lse[..., None]
-    logq = torch.where(valid[..., None], upcast(ref_logits), 0) - ref_lse[..., None]
+    logq = torch.where(valid[..., None], ref_logits, 0) - ref_lse[..., None]
     p, chosen = logp.exp(), _one_hot(tokens, valid, logits.shape[-1])
 
     # Where the target distribution is: the reference, tilted at the labelled token by exp(label / beta).

@@ -1,0 +1,206 @@
+"""Best-of-n: the highest-scored of n samples, as an answer by itself and as data to train on.
+
+The second is pseudo-labelling: supervised training on the best response to each prompt (rejection-sampling
+fine-tuning), the baseline that answers whether reinforcement learning is worth its trouble. The first trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import CommonConfig, UserError, option
+from .data import Task, collate, epoch_order, load_task
+from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
+from .files import write_atomically
+from .model import load_policy, load_reward_model
+from .rrhf import Candidates, sample_candidates
+from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .schedule import schedule, set_learning_rate
+from .sft import train_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNConfig(CommonConfig):
+    init: str = option(MISSING, "policy that samples and is then trained: run folder, model folder or hub name")
+    rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
+    ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
+    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    n: int = option(4, "responses sampled for each prompt, of which the best is kept")
+    num_prompts: int = option(768, "prompts sampled for; they repeat if there are fewer")
+    epochs: int = option(2, "passes over the kept responses")
+    batch_size: int = option(64, "responses in an optimiser step")
+    micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given")
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given")
+    temperature: float = option(1.0, "sampling temperature; the same one scores the tokens")
+    learning_rate: float = option(3e-4, "peak learning rate, falling linearly to 0")
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
+    eval_every: int = option(6, "steps between evaluations on held-out prompts; 0 for only the first and the last")
+    eval_samples: int = option(128, "responses in an evaluation; also those of the best-of-n estimate")
+    save_steps: int = option(0, "steps between checkpoints; 0 for none")
+    save_total_limit: int = option(2, "checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n < 2:
+            raise UserError(f"n must be at least 2, got {self.n}")
+
+
+# -------------------------------------------------------------------------------------------------------- estimates
+
+
+def expected_best(proxy: Sequence[float], value: Sequence[float], n: int) -> float:
+    """Unbiased estimate, from N ≥ n samples, of the mean value of the sample that has the highest proxy of n.
+
+        E_n = Σ_i C(i − 1, n − 1) / C(N, n) · value of the i-th sample by ascending proxy
+
+    Source: the estimator of Nakano et al. 2021 (arXiv 2112.09332), appendix I.
+    """
+    if not 1 <= n <= len(proxy):
+        raise ValueError(f"expected_best: n must lie between 1 and the {len(proxy)} samples, got {n}")
+    # A tie goes to the first sample, as best-of-n takes it: among equals the first stands highest.
+    order = sorted(range(len(proxy)), key=lambda i: (proxy[i], -i))
+    total = math.comb(len(proxy), n)
+    return sum(math.comb(rank, n - 1) / total * value[i] for rank, i in enumerate(order) if rank >= n - 1)
+
+
+def kl_bound(n: int) -> float:
+    """log n − (n − 1)/n nats: an upper bound of KL(best-of-n ‖ policy), exact where no two scores are equal."""
+    return math.log(n) - (n - 1) / n
+
+
+def estimate(groups: list[Candidates], gold: list[list[float]] | None, largest: int) -> list[dict[str, Any]]:
+    """Proxy and gold reward of best-of-n for n = 1, 2, 4 … `largest`, each with its standard error over prompts."""
+    rows = []
+    sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
+    for n in sizes:
+        row: dict[str, Any] = {"n": n, "kl_bound": kl_bound(n)}
+        row["proxy"] = mean_and_sem([expected_best(group.scores, group.scores, n) for group in groups])
+        if gold is not None:
+            row["gold"] = mean_and_sem([expected_best(group.scores, g, n) for group, g in zip(groups, gold)])
+        rows.append(row)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def best(group: Candidates) -> int:
+    """Index of the highest score, the first of equals."""
+    return max(range(len(group.scores)), key=lambda i: (group.scores[i], -i))
+
+
+def main(config: BestOfNConfig) -> Path:
+    """Sample, keep the best, train on them; returns the run folder, with the kept responses in selected.jsonl."""
+    run = Run.create(config.out, "best-of-n", config, resume=config.resume, overwrite=config.overwrite)
+    seed_everything(config.seed)
+    device = resolve_device(config.device)
+    task = load_task(config.data, config.seed)
+    checkpoint = run.load_checkpoint() if config.resume else None
+    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    sampler, tokenizer = load_policy(config.init, **where)
+    reward_model, _ = load_reward_model(config.rm, **where)
+    ref = load_policy(config.ref, **where)[0] if config.ref else sampler
+    policy, _ = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
+    evaluator = Evaluator.of(config, task, Judges(ref, reward_model, task.gold))
+
+    with run.timer("generate"):
+        groups = sample(config, task, sampler, tokenizer, reward_model, training_prompts(config, task))
+    selected = [
+        {"prompt": group.prompt, "response": group.texts[best(group)], "score": max(group.scores)} for group in groups
+    ]
+    write_atomically(run.folder / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in selected))
+    with run.timer("evaluate"):
+        inference = estimate_on_heldout(config, task, sampler, tokenizer, reward_model)
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    done = 0
+    if checkpoint:
+        done, _, state = checkpoint
+        optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+    else:
+        run.log(0, evaluator.metrics(policy, tokenizer, run))
+    per_epoch = math.ceil(len(groups) / config.batch_size)
+    total = config.epochs * per_epoch
+    with run.progress(total, "best-of-n", initial=done) as progress:
+        while done < total:
+            epoch, position = divmod(done, per_epoch)
+            order = epoch_order(len(groups), config.seed, epoch)
+            chosen = [groups[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
+            batch = collate(
+                [group.prompt_tokens for group in chosen],
+                [group.responses[best(group)] for group in chosen],
+                tokenizer.pad_token_id,
+            )
+            learning_rate = config.learning_rate * schedule(done, total, warmup=0.0, kind="linear")
+            set_learning_rate(optimizer, learning_rate)
+            with run.timer("train"):
+                metrics = train_step(policy, optimizer, batch.to(device), config)
+            done += 1
+            metrics["lr"] = learning_rate
+            metrics["objective/scores"] = sum(max(group.scores) for group in chosen) / len(chosen)
+            if done == total or (config.eval_every and done % config.eval_every == 0):
+                metrics |= evaluator.metrics(policy, tokenizer, run)
+            run.log(done, metrics)
+            progress.update(1)
+            progress.set_postfix(loss=metrics["loss"])
+            if config.save_steps and done % config.save_steps == 0 and done < total:
+                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
+                run.save_checkpoint(done, {"model": (policy, tokenizer)}, state)
+    run.save_model(policy, tokenizer)
+    return run.finish({"steps": total, "best_of_n": inference})
+
+
+def training_prompts(config: BestOfNConfig, task: Task) -> list[str]:
+    if not task.prompts:
+        raise UserError(f"{config.data}: the data has no prompts to sample from")
+    order = epoch_order(len(task.prompts), config.seed, 0)
+    return [task.prompts[order[i % len(order)]] for i in range(config.num_prompts)]
+
+
+def sample(
+    config: BestOfNConfig,
+    task: Task,
+    sampler: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: PreTrainedModel,
+    prompts: list[str],
+    count: int | None = None,
+) -> list[Candidates]:
+    return sample_candidates(
+        sampler,
+        tokenizer,
+        reward_model,
+        prompts,
+        count=count or config.n,
+        response_length=config.response_length or task.response_length,
+        temperature=config.temperature,
+        micro_batch=config.micro_batch,
+    )
+
+
+def estimate_on_heldout(
+    config: BestOfNConfig,
+    task: Task,
+    sampler: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: PreTrainedModel,
+) -> list[dict[str, Any]]:
+    """What picking the best of n would give on held-out prompts, without any training; 2n samples a prompt."""
+    count = 2 * config.n
+    prompts = eval_prompts(task.eval_prompts, max(config.eval_samples // count, 1))
+    groups = sample(config, task, sampler, tokenizer, reward_model, prompts, count)
+    gold = None
+    if task.gold is not None:
+        gold = [task.gold([group.prompt] * count, group.texts) for group in groups]
+    return estimate(groups, gold, config.n)

@@ -1,0 +1,338 @@
+"""Models: loading them, and what the stages read from them: log-probabilities, scores, values.
+
+The log-probability shift (the logits of one position score the token of the next) stands in `response_logits`, and the
+pooling rule of reward models (the last attended token) in `last_attended`; nothing else knows either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels as rk
+
+from .config import UserError
+from .data import Batch, position_ids
+from .run import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+"""The model name that stands for a small model from scratch, with a tokenizer trained on the task's texts."""
+
+TINY_VOCABULARY = 4096
+"""An upper bound: a small corpus runs out of merges long before."""
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+# Loading
+
+
+def load_policy(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    tokenizer_texts: Iterable[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, without dropout, in eval mode.
+
+    Args:
+        name: a run folder, a save_pretrained folder, a hub name, or "tiny": a small Llama from scratch (about one
+            million parameters, initialised from torch's global generator).
+        device, dtype: where the weights go and what they are.
+        tokenizer_texts: what the byte-level BPE of "tiny" is trained on.
+
+    Raises:
+        UserError: "tiny" without texts; a tokenizer without an EOS token.
+        FileNotFoundError: a local path that is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if name == TINY:
+        tokenizer = train_tokenizer(_needed(tokenizer_texts))
+        model = AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=as_dtype(dtype))
+    else:
+        path = resolve_model(name)
+        tokenizer = load_tokenizer(path)
+        config = config_without_dropout(path)
+        with _quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=as_dtype(dtype))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _ready(model, device), tokenizer
+
+
+def load_reward_model(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    tokenizer_texts: Iterable[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with one score for a text, and its tokenizer, without dropout, in eval mode.
+
+    `name` is as in `load_policy`. From a causal language model only the trunk is taken; a head that is not in the
+    folder is new: N(0, 1/√(d+1)) with bias 0. `config.score_mean` and `config.score_std` (0 and 1 for a new head)
+    normalise what `scores` returns.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if name == TINY:
+        tokenizer = train_tokenizer(_needed(tokenizer_texts))
+        config = tiny_config(tokenizer)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=as_dtype(dtype))
+        missing: Iterable[str] = ("score.weight",)
+    else:
+        path = resolve_model(name)
+        tokenizer = load_tokenizer(path)
+        config = config_without_dropout(path)
+        config.num_labels = 1
+        with _quiet_loading():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, config=config, dtype=as_dtype(dtype), output_loading_info=True
+            )
+        missing = info["missing_keys"]
+    head = score_head(model)
+    if any(key.endswith("score.weight") for key in missing):
+        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+        model.config.score_mean, model.config.score_std = 0.0, 1.0
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _ready(model, device), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. One without a pad token pads with EOS: masks never come from the pad id."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so a response could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = TINY_VOCABULARY) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with separate EOS and pad tokens, trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def config_without_dropout(path: str) -> PreTrainedConfig:
+    """The model's config with every dropout at 0: old and new log-probabilities must come from the same function."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _needed(texts: Iterable[str] | None) -> Iterable[str]:
+    if texts is None:
+        raise UserError(
+            f'model "{TINY}" is made from scratch and needs texts for its tokenizer: start from a stage with data'
+        )
+    return texts
+
+
+def _ready(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar, and no warning about the language-model head that a reward model leaves behind."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+# Policies
+
+
+def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """logits [B, T, V] that predict each response token: those of the position before it. THE shift."""
+    logits = model(
+        input_ids=batch.tokens,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.mask.shape[1] + 1,
+        use_cache=False,
+    ).logits
+    return logits[:, :-1]
+
+
+@overload
+def response_logprobs(
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float = ...,
+    *,
+    entropy: Literal[False] = ...,
+    micro_batch: int | None = ...,
+) -> Tensor: ...
+@overload
+def response_logprobs(
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float = ...,
+    *,
+    entropy: Literal[True],
+    micro_batch: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def response_logprobs(
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+    micro_batch: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """logprobs [B, T] fp32 of the response tokens, 0 outside the mask; with `entropy` also the entropies [B, T], nats.
+
+    Differentiable; `micro_batch` rows go through the model at a time, None for all.
+    """
+    parts = batch.split(micro_batch)
+    logits = (response_logits(model, part) for part in parts)
+    if not entropy:
+        return torch.cat(
+            [rk.token_logprobs(z, part.responses, part.mask, temperature=temperature) for part, z in zip(parts, logits)]
+        )
+    both = [
+        rk.token_logprobs_entropy(z, part.responses, part.mask, temperature=temperature)
+        for part, z in zip(parts, logits)
+    ]
+    return torch.cat([logprobs for logprobs, _ in both]), torch.cat([entropies for _, entropies in both])
+
+
+# Reward and value models
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(
+            f"{type(model).__name__}: a reward or value model must have a linear head `score` with one output, "
+            f"got {head if head is None else type(head).__name__}"
+        )
+    return head
+
+
+def last_attended(attention_mask: Tensor) -> Tensor:
+    """[B] int64: the index of the last attended token of each row, wherever the padding is."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask.bool(), columns, 0).amax(1)
+
+
+def scores(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    *,
+    normalized: bool = True,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """scores [B] fp32 of texts, read at the last attended token; differentiable.
+
+    Args:
+        tokens: [B, L] int64, padded on either side. attention_mask: [B, L] bool.
+        normalized: (score − config.score_mean) / config.score_std rather than the output of the head.
+        micro_batch: rows at a time, None for all.
+    """
+    size = micro_batch or max(1, len(tokens))
+    pooled = []
+    for part, mask in zip(tokens.split(size), attention_mask.split(size)):
+        rows = torch.arange(len(part), device=part.device)
+        pooled.append(hidden_states(model, part, mask)[rows, last_attended(mask)])
+    return head_scores(model, torch.cat(pooled), normalized=normalized)
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, L, d]: the trunk's last hidden states."""
+    return model.base_model(
+        input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    ).last_hidden_state
+
+
+def head_scores(model: PreTrainedModel, hidden: Tensor, *, normalized: bool = True) -> Tensor:
+    """[…] fp32 from hidden states […, d]."""
+    raw = score_head(model)(hidden).float().squeeze(-1)
+    return (raw - model.config.score_mean) / model.config.score_std if normalized else raw
+
+
+def set_score_normalization(model: PreTrainedModel, raw_scores: Tensor) -> None:
+    """Makes these raw scores have mean 0 and standard deviation 1 (population) under `scores`."""
+    std = raw_scores.std(unbiased=False).item()
+    model.config.score_mean = raw_scores.mean().item()
+    model.config.score_std = std if std > 0 else 1.0
+
+
+def values(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """values [B, T] fp32 before each response token, at the positions whose logits score it; differentiable."""
+    hidden = hidden_states(model, batch.tokens, batch.attention_mask)
+    return head_scores(model, hidden[:, batch.prompt_width - 1 : -1], normalized=False)
+
+
+def zero_head(model: PreTrainedModel) -> None:
+    """Values start at 0 everywhere."""
+    head = score_head(model)
+    nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)

@@ -1,0 +1,204 @@
+"""Supervised fine-tuning: the policy learns to answer as the demonstrations do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .config import CommonConfig, UserError, option
+from .data import Batch, Demonstration, Task, collate, encode_prompt, encode_response, epoch_order, load_task, split
+from .model import load_policy, response_logits
+from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .schedule import KINDS, schedule, set_learning_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(CommonConfig):
+    model: str = option("tiny", '"tiny" (a small Llama from scratch), a run or model folder, or a hub name')
+    data: str = option("reviews", '"reviews", a folder or a file: gives the demonstrations')
+    epochs: int = option(5, "passes over the demonstrations")
+    max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given")
+    batch_size: int = option(64, "demonstrations in an optimiser step")
+    micro_batch: int | None = option(None, "rows through the model at a time; the whole batch unless given")
+    learning_rate: float = option(2e-3, "peak learning rate; pretrained models want about 1e-5")
+    lr_scheduler: str = option("cosine", "how the learning rate falls after the warm-up", choices=KINDS)
+    warmup: float = option(0.05, "share of the steps in which the learning rate climbs, 0 to 1")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
+    max_length: int = option(512, "tokens of a text; a longer one loses the start of its prompt, then its end")
+    eval_fraction: float = option(0.05, "share of the demonstrations held out for evaluation, 0 to 1")
+    eval_every: int = option(50, "steps between evaluations; 0 for only the last")
+    save_steps: int = option(0, "steps between checkpoints; 0 for none")
+    save_total_limit: int = option(2, "checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_length < 2:
+            raise UserError(f"max_length must be at least 2, got {self.max_length}")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
+
+
+class StepConfig(Protocol):
+    @property
+    def micro_batch(self) -> int | None: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+Example = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its response."""
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def demonstrations(task: Task) -> list[Demonstration]:
+    """The task's demonstrations or, where the data has none, the best response of each ranking."""
+    ranked = [Demonstration(each.prompt, each.responses[each.scores.index(max(each.scores))]) for each in task.rankings]
+    found = task.demonstrations or ranked
+    if not found:
+        raise UserError(f"{task.name}: supervised fine-tuning needs responses to learn from, got none")
+    return found
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Demonstration], max_length: int) -> list[Example]:
+    examples = []
+    for text in texts:
+        response = encode_response(tokenizer, text.response)[: max_length - 1]
+        prompt = encode_prompt(tokenizer, text.prompt)[len(response) - max_length :]
+        examples.append((prompt, response))
+    return examples
+
+
+def batch_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    return collate([prompt for prompt, _ in examples], [response for _, response in examples], tokenizer.pad_token_id)
+
+
+# ------------------------------------------------------------------------------------------------------------- step
+
+
+def train_step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, config: StepConfig
+) -> dict[str, float]:
+    """One optimiser step on −mean log π(response token): the mean over all response tokens of the batch.
+
+    Raises RuntimeError, before the weights change, if the gradient is not finite.
+    """
+    tokens = batch.mask.sum()
+    optimizer.zero_grad(set_to_none=True)
+    totals = []
+    for part in batch.split(config.micro_batch):
+        loss, right = loss_and_right(model, part)
+        (loss / tokens).backward()
+        totals.append(torch.stack([loss.detach(), right]))
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+    optimizer.step()
+    loss, right = (torch.stack(totals).sum(0) / tokens).tolist()
+    return {"loss": loss, "mean_token_accuracy": right, "grad_norm": grad_norm.item(), "num_tokens": tokens.item()}
+
+
+def loss_and_right(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """−Σ log π and the number of tokens that the model holds for the likeliest; both 0-d fp32."""
+    logits = response_logits(model, batch)
+    logprobs = rk.token_logprobs(logits, batch.responses, batch.mask)
+    right = (logits.detach().argmax(-1) == batch.responses) & batch.mask
+    return -logprobs.sum(), right.sum().to(logprobs.dtype)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, batches: Sequence[Batch], micro_batch: int | None) -> dict[str, float]:
+    """Token means over held-out batches; nothing where there are none."""
+    parts = [part.to(model.device) for batch in batches for part in batch.split(micro_batch)]
+    if not parts:
+        return {}
+    totals = torch.stack([torch.stack(loss_and_right(model, part)) for part in parts]).sum(0)
+    loss, right = (totals / sum(part.mask.sum() for part in parts)).tolist()
+    return {
+        "eval/loss": loss,
+        "eval/perplexity": math.exp(min(loss, 700.0)),
+        "eval/mean_token_accuracy": right,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def main(config: SftConfig) -> Path:
+    """Train, evaluate, save; returns the run folder."""
+    run = Run.create(config.out, "sft", config, resume=config.resume, overwrite=config.overwrite)
+    seed_everything(config.seed)
+    device = resolve_device(config.device)
+    task = load_task(config.data, config.seed)
+    texts = demonstrations(task)
+    heldout, train = split(texts, config.seed, config.eval_fraction) if config.eval_fraction else ([], texts)
+
+    checkpoint = run.load_checkpoint() if config.resume else None
+    model, tokenizer = load_policy(
+        str(checkpoint[1] / "model") if checkpoint else config.model,
+        device=device,
+        dtype=config.dtype,
+        tokenizer_texts=task.texts(),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    done = 0
+    if checkpoint:
+        done, _, state = checkpoint
+        optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+
+    examples = encode(tokenizer, train, config.max_length)
+    checks = encode(tokenizer, heldout, config.max_length)
+    eval_batches = [
+        batch_of(checks[start : start + config.batch_size], tokenizer)
+        for start in range(0, len(checks), config.batch_size)
+    ]
+    per_epoch = math.ceil(len(examples) / config.batch_size)
+    total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+    metrics: dict[str, Any] = {}
+    with run.progress(total, "sft", initial=done) as progress:
+        while done < total:
+            epoch, position = divmod(done, per_epoch)
+            order = epoch_order(len(examples), config.seed, epoch)
+            chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
+            batch = batch_of([examples[i] for i in chosen], tokenizer).to(device)
+            learning_rate = config.learning_rate * schedule(done, total, warmup=config.warmup, kind=config.lr_scheduler)
+            set_learning_rate(optimizer, learning_rate)
+            start = time.perf_counter()
+            with run.timer("train"):
+                metrics = train_step(model, optimizer, batch, config)
+            metrics |= {
+                "lr": learning_rate,
+                "epoch": (done + 1) / per_epoch,
+                "tokens_per_second": metrics["num_tokens"] / (time.perf_counter() - start),
+            }
+            done += 1
+            if done < total and config.eval_every and done % config.eval_every == 0:
+                with run.timer("evaluate"):
+                    metrics |= evaluate(model, eval_batches, config.micro_batch)
+            run.log(done, metrics)
+            progress.update(1)
+            progress.set_postfix(loss=metrics["loss"])
+            if config.save_steps and done % config.save_steps == 0 and done < total:
+                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
+                run.save_checkpoint(done, {"model": (model, tokenizer)}, state)
+    with run.timer("evaluate"):
+        final = evaluate(model, eval_batches, config.micro_batch)
+    run.log(total, final)
+    run.save_model(model, tokenizer)
+    return run.finish({"steps": total, "demonstrations": len(train), **final})

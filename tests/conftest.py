@@ -1,0 +1,47 @@
+"""What every test runs under: NaN in fresh memory, fixed seeds, one of the three backends."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from oracle import BACKENDS, on_backend
+
+pytest_plugins = ["pipeline_fixtures"]
+
+# A kernel that leaves part of an output unwritten then shows NaN, not yesterday's right answer. C++'s at::empty too.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; OpenMP threads that wait spin
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_name(request):
+    """Runs the test once a backend; the module's OPS say which ops that backend must have."""
+    with on_backend(request.param, *request.module.OPS):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads` that is undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """Folder of the real data sets, from RLHF_DATA or beside the repository."""
+    folder = Path(os.environ.get("RLHF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}")
+    return folder

@@ -1,0 +1,208 @@
+"""The PPO stage: the checks that guard it, the invariances of its update, resuming, and that it raises the reward."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from rlhf import ppo
+from rlhf.config import UserError
+from rlhf.data import load_task
+from rlhf.model import load_policy, load_reward_model
+from rlhf.rollout import generate
+from rlhf.run import Run
+
+
+def config(out, start, **changes):
+    settings = {
+        "out": str(out),
+        "init": start.policy,
+        "rm": start.reward_model,
+        "steps": 2,
+        "batch_size": 8,
+        "num_ppo_epochs": 2,
+        "response_length": 8,
+        "eval_samples": 8,
+        "num_samples": 4,
+    }
+    return ppo.PpoConfig(**{**settings, **changes})
+
+
+def metrics(folder):
+    """The logged lines without the timings, which no two runs share."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+
+@pytest.fixture
+def models(start):
+    policy, tokenizer = load_policy(start.policy)
+    value, _ = load_reward_model(start.policy)
+    return ppo.Models(policy, value, load_policy(start.policy)[0], load_reward_model(start.reward_model)[0], tokenizer)
+
+
+@pytest.fixture
+def experience(models, start, tmp_path):
+    torch.manual_seed(0)
+    settings = config(tmp_path / "run", start)
+    run = Run.create(settings.out, "ppo", settings)
+    rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:8], response_length=8)
+    return ppo.make_experience(models, rollout, settings, 0.05, run)
+
+
+# --- the guards ---
+
+
+def test_first_ratio_must_be_one(models, experience, start, tmp_path):
+    settings = config(tmp_path, start)
+    rows = torch.arange(8)
+    ppo.minibatch_backward(models, experience, rows, settings, check_ratio=True)
+    with torch.no_grad():
+        next(models.policy.parameters()).mul_(1.01)
+    with pytest.raises(UserError, match="ratio of the first minibatch must be 1 to 1e-05"):
+        ppo.minibatch_backward(models, experience, rows, settings, check_ratio=True)
+
+
+def test_negative_kl_alarm(tmp_path, start):
+    settings = config(tmp_path, start)
+    ppo.check_kl(-0.9, settings)
+    ppo.check_kl(-5.0, dataclasses.replace(settings, kl_estimator="abs"))
+    with pytest.raises(UserError, match=r"is -1\.50 nats a response, and a KL is never negative"):
+        ppo.check_kl(-1.5, settings)
+
+
+@pytest.mark.parametrize(
+    ("sequence_kl", "expected"), [(3, 0.198976), (6, 0.2), (6.6, 0.200512), (30, 0.201024), (-50, 0.198976)]
+)
+def test_adaptive_kl(tmp_path, start, sequence_kl, expected):
+    settings = config(tmp_path, start, kl_control="adaptive", kl_target=6.0, batch_size=256, kl_horizon=10_000.0)
+    assert ppo.adapt_kl_coef(0.2, sequence_kl, settings) == pytest.approx(expected, abs=1e-9)
+    assert ppo.adapt_kl_coef(0.2, sequence_kl, dataclasses.replace(settings, kl_control="fixed")) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 9}, "batch_size must be a multiple of num_mini_batches 2, got 9"),
+        ({"missing_eos_penalty": -1.0}, "must be at least 0, got -1.0"),
+        ({"reward_shaping": "dense"}, "reward_shaping must be one of terminal, abc, abc-policy, uniform, got 'dense'"),
+    ],
+)
+def test_config_errors(tmp_path, start, change, message):
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, start, **change)
+
+
+def test_another_tokenizer_is_refused(tmp_path, start, other_start):
+    with pytest.raises(UserError, match="must share a tokenizer"):
+        ppo.main(config(tmp_path / "run", start, rm=other_start.reward_model))
+
+
+# --- rewards ---
+
+
+@pytest.mark.parametrize("shaping", ["terminal", "abc", "abc-policy", "uniform"])
+def test_credit_sums_to_the_score(tmp_path, start, shaping):
+    folder = ppo.main(config(tmp_path / "run", start, steps=1, reward_shaping=shaping))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    for sample in samples:
+        assert len(sample["tokens"]) == len(sample["credit"]) == len(sample["rewards"]) > 0
+        assert sum(sample["credit"]) == pytest.approx(sample["score"], abs=1e-4)
+        if shaping == "terminal":
+            assert max(map(abs, sample["credit"][:-1]), default=0) < 1e-5
+
+
+def test_missing_eos_penalty_is_not_spread(models, start, tmp_path):
+    torch.manual_seed(1)
+    settings = config(tmp_path, start, reward_shaping="abc", missing_eos_penalty=2.5)
+    rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:8], response_length=6)
+    rollout.terminated = torch.tensor([True, False] * 4)
+    free, spread = ppo.score_rollout(models, rollout, dataclasses.replace(settings, missing_eos_penalty=0.0))
+    score, attention = ppo.score_rollout(models, rollout, settings)
+    torch.testing.assert_close(free - score, torch.tensor([0.0, 2.5] * 4))
+    torch.testing.assert_close(attention[::2], spread[::2])
+    last = rollout.batch.mask.sum(1) - 1
+    expected = torch.nn.functional.one_hot(last, rollout.batch.mask.shape[1]).float()
+    torch.testing.assert_close(attention[1::2], expected[1::2])
+
+
+# --- the update ---
+
+
+def test_micro_batches_give_the_same_gradient(models, experience, start, tmp_path):
+    """Rows are ragged, so a mean of micro-batch means would differ."""
+    rows, gradients, values = torch.arange(8), [], []
+    for size in (None, 3):
+        for model in (models.policy, models.value):
+            model.zero_grad()
+        stats = ppo.minibatch_backward(models, experience, rows, config(tmp_path, start, micro_batch=size))
+        gradients.append(
+            [p.grad.clone() for m in (models.policy, models.value) for p in m.parameters() if p.grad is not None]
+        )
+        values.append(torch.stack([stats[name] for name in sorted(stats) if name != "explained_variance"]))
+    assert len(gradients[0]) > 50
+    for one, three in zip(*gradients):
+        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):
+    changes = {"steps": 4, "save_steps": 2, "kl_control": "adaptive", "reward_shaping": "abc"}
+    whole = ppo.main(config(tmp_path / "whole", start, **changes))
+
+    log = Run.log
+
+    def interrupted(self, step, values):
+        if step == 3:
+            raise KeyboardInterrupt
+        return log(self, step, values)
+
+    monkeypatch.setattr(Run, "log", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(config(tmp_path / "parts", start, **changes))
+    monkeypatch.undo()
+    parts = ppo.main(config(tmp_path / "parts", start, **changes, resume=True))
+    assert metrics(parts) == metrics(whole)
+    for name in ("model", "value"):
+        saved = [(folder / name / "model.safetensors").read_bytes() for folder in (whole, parts)]
+        assert saved[0] == saved[1]
+
+
+def test_prompts_are_a_function_of_the_step(tmp_path, start):
+    task = load_task("reviews", 0)
+    settings = config(tmp_path, start, batch_size=len(task.prompts) - 2)
+    first, second = (ppo.step_prompts(task, settings, step) for step in (1, 2))
+    assert first == ppo.step_prompts(task, settings, 1)
+    # The first epoch ends two prompts into the second step.
+    assert sorted(first + second[:2]) == sorted(task.prompts)
+
+
+@pytest.mark.parametrize("shaping", ["terminal", "uniform"])
+def test_ppo_raises_the_reward(tmp_path, start, monkeypatch, shaping):
+    """The share of tokens with an even id, −2 to 2: an untrained policy starts at 0 with a spread of 4 √(¼ / 8)."""
+
+    def even_tokens(model, tokens, attention_mask, **_):
+        return 4 * (tokens[:, -8:] % 2 == 0).float().mean(1) - 2
+
+    monkeypatch.setattr(ppo, "scores", even_tokens)
+    settings = config(
+        tmp_path / "run",
+        start,
+        steps=14,
+        batch_size=48,
+        num_ppo_epochs=4,
+        learning_rate=2e-3,
+        kl_coef=0.0,
+        missing_eos_penalty=0.0,
+        reward_shaping=shaping,
+        beta=1.0,
+        eval_every=0,
+    )
+    _, *lines = metrics(ppo.main(settings))
+    score = [line["objective/scores"] for line in lines]
+    standard_error = 4 * (0.25 / 8 / (3 * 48)) ** 0.5
+    assert abs(sum(score[:3]) / 3) < 4 * standard_error
+    assert sum(score[-3:]) / 3 > 4 * standard_error
+    assert lines[-1]["eval/kl"] > 0.1

@@ -1,0 +1,197 @@
+"""Reward-model training: pairs, losses, calibration, normalisation, resuming."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from rlhf import rm
+from rlhf.config import UserError
+from rlhf.data import Demonstration, Ranking, load_task
+from rlhf.model import load_policy, load_reward_model, scores
+from rlhf.run import read_lines
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of 40 rankings of 3 responses: the more "good", the better; and demonstrations for the normalisation."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = []
+    for i in range(40):
+        prompt = f"film number {i} was"
+        rows.append({"prompt": prompt, "responses": [" good good .", " good bad .", " bad bad ."], "scores": [2, 1, 0]})
+        rows.append({"prompt": prompt, "response": [" good good .", " bad bad ."][i % 2]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(tmp_path, data="reviews", name="rm", **options):
+    defaults = {"init": "tiny", "epochs": 4, "batch_size": 8, "eval_every": 0, "device": "cpu"}
+    return rm.RmConfig(out=str(tmp_path / name), data=data, **{**defaults, **options})
+
+
+def test_pairs_are_all_of_a_prompt_without_ties():
+    assert rm.ordered_pairs([1.0, 3.0, 1.0]) == [(1, 0), (1, 2)]
+    assert rm.ordered_pairs([2.0, 2.0]) == [] and rm.ordered_pairs([0.0]) == []
+    assert sorted(rm.ordered_pairs([4, 3, 2, 1])) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    batch = rm.batch_of([([[5], [6, 7]], (0.0, 1.0)), ([[8]], (9.0,)), ([[1], [2], [3]], (3.0, 2.0, 2.0))], pad_id=0)
+    assert batch.tokens.tolist() == [[5, 0], [6, 7], [8, 0], [1, 0], [2, 0], [3, 0]]
+    assert batch.attention_mask.sum(1).tolist() == [1, 2, 1, 1, 1, 1]
+    assert batch.chosen.tolist() == [1, 3, 3] and batch.rejected.tolist() == [0, 4, 5]
+    assert batch.prompts.tolist() == [0, 2, 2] and batch.targets.tolist() == [0, 1, 9, 3, 2, 2]
+
+
+def test_long_texts_keep_their_end(tmp_path, data):
+    _, tokenizer = load_policy("tiny", tokenizer_texts=["a b c d"] * 2)
+    (texts, given), *_ = rm.encode(tokenizer, [Ranking("a b c", (" d", ""), (1.0, 0.0))], max_length=3)
+    assert [len(text) for text in texts] == [3, 3] and given == (1.0, 0.0)
+    assert all(text[-1] == tokenizer.eos_token_id for text in texts)
+
+
+def loss(tmp_path, predicted, given, **options):
+    batch = rm.batch_of([([[1]] * len(each), each) for each in given], pad_id=0)
+    return rm.loss_of(torch.tensor(predicted), batch, config(tmp_path, **options)).item()
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def test_losses_by_hand(tmp_path):
+    # The mean over the pairs of a prompt first, then over prompts.
+    first = (softplus(0.3 - 1.2) + softplus(-0.5 - 1.2) + softplus(-0.5 - 0.3)) / 3
+    predicted, given = [1.2, 0.3, -0.5, 0.0, 2.0], [(3.0, 2.0, 1.0), (5.0, 1.0)]
+    assert loss(tmp_path, predicted, given) == pytest.approx((first + softplus(2.0)) / 2, abs=1e-6)
+    with_margin = softplus(2.0 + 0.5 * 4.0)
+    assert loss(tmp_path, [0.0, 2.0], [(5.0, 1.0)], margin=0.5) == pytest.approx(with_margin, abs=1e-6)
+    centred = softplus(2.0) + 0.01 * 4.0
+    assert loss(tmp_path, [0.0, 2.0], [(5.0, 1.0)], center_coef=0.01) == pytest.approx(centred, abs=1e-6)
+    # A score of 0 is a target like any other.
+    squared = ((1.2 - 0.0) ** 2 + (0.3 - 1.0) ** 2) / 2
+    assert loss(tmp_path, [1.2, 0.3], [(0.0, 1.0)], objective="absolute") == pytest.approx(squared, abs=1e-6)
+
+
+def test_calibration_by_hand():
+    # Confidences σ(0) = 0.5, σ(1) = 0.731 twice, once in the wrong order, and σ(9) = 0.9999.
+    result = rm.calibration(torch.tensor([0.0, 1.0, -1.0, 9.0]))
+    sure, certain = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-9))
+    assert result["calibration"]["count"] == [1, 2, 1]
+    assert result["calibration"]["bins"] == pytest.approx([0.5, sure, certain], abs=1e-6)
+    assert result["calibration"]["accuracy"] == [0.0, 0.5, 1.0]
+    assert result["ece"] == pytest.approx((0.5 + 2 * (sure - 0.5) + 1 - certain) / 4, abs=1e-6)
+
+
+def test_an_honest_model_has_a_small_calibration_error():
+    torch.manual_seed(0)
+    difference = torch.randn(20_000) * 2
+    flipped = torch.where(torch.rand(20_000) < difference.abs().sigmoid(), difference.abs(), -difference.abs())
+    assert rm.calibration(flipped)["ece"] < 0.015
+    assert rm.calibration(flipped * 4)["ece"] > 0.1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    return rm.main(config(tmp_path_factory.mktemp("run"), data))
+
+
+def test_a_run_learns_to_order_held_out_responses(trained):
+    summary = json.loads((trained / "run.json").read_text())["summary"]
+    assert summary["pair_accuracy"] == 1.0 and summary["pair_accuracy_sem"] == 0.0 and summary["pairs"] == 12
+    assert sum(summary["calibration"]["count"]) == 12 and 0 <= summary["ece"] <= 0.5
+    first, *_, last = read_lines(trained / "metrics.jsonl")
+    assert {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "lr", "grad_norm"} <= first.keys()
+    assert last["eval/accuracy"] == 1.0 and last["eval/loss"] < 0.3 < first["loss"]
+
+
+def test_scores_of_demonstrations_are_normalized(trained, data):
+    model, tokenizer = load_reward_model(str(trained))
+    texts = [(each.prompt, each.response) for each in load_task(data, 0).demonstrations]
+    found = rm.score_texts(model, tokenizer, texts, 512, micro_batch=7)
+    assert found.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert found.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
+    good, bad = rm.score_texts(
+        model, tokenizer, [("film number 3 was", " good good ."), ("film number 3 was", " bad bad .")], 512
+    )
+    assert good > 0.5 and bad < -0.5
+
+
+def test_every_response_goes_through_the_model_once(tmp_path, data):
+    examples = [([[1, 2], [3], [4, 5, 6], [7]], (4.0, 3.0, 2.0, 1.0))] * 2
+    model, _ = load_reward_model("tiny", tokenizer_texts=["a b"] * 2)
+    batch, rows = rm.batch_of(examples, pad_id=0), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    metrics = rm.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, config(tmp_path, data))
+    assert rows == [8] and len(batch.chosen) == 12
+    with torch.no_grad():
+        predicted = scores(model, batch.tokens, batch.attention_mask, normalized=False)
+    assert metrics["accuracy"] == pytest.approx(
+        (predicted[batch.chosen] > predicted[batch.rejected]).float().mean().item()
+    )
+    assert metrics["min_reward"] == pytest.approx(predicted.min().item(), abs=1e-6)
+
+
+def test_absolute_scores_are_learned(tmp_path, data):
+    folder = rm.main(config(tmp_path, data, objective="absolute", epochs=6))
+    summary = json.loads((folder / "run.json").read_text())["summary"]
+    assert summary["correlation"] > 0.9 and summary["loss"] < 0.2 and summary["pair_accuracy"] == 1.0
+
+
+def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path, data, monkeypatch):
+    options = {"save_steps": 2, "batch_size": 12, "epochs": 2, "eval_every": 3}
+    whole = rm.main(config(tmp_path, data, "whole", **options))
+    original, steps = rm.train_step, []
+
+    def stopping(*args):
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(rm, "train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        rm.main(config(tmp_path, data, "cut", **options))
+    monkeypatch.undo()
+    cut = rm.main(config(tmp_path, data, "cut", resume=True, **options))
+    summaries = [json.loads((folder / "run.json").read_text())["summary"] for folder in (whole, cut)]
+    assert summaries[0] == summaries[1] and summaries[0]["steps"] == 6
+    models = [load_reward_model(str(folder))[0] for folder in (whole, cut)]
+    assert models[0].config.score_mean == models[1].config.score_mean
+    for one, other in zip(*(model.parameters() for model in models)):
+        assert torch.equal(one, other)
+
+
+def test_data_without_pairs(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "response": " b"}\n{"prompt": "c", "response": " d"}\n')
+    with pytest.raises(UserError, match="needs scored, or chosen and rejected, responses"):
+        rm.main(config(tmp_path, str(path)))
+    row = {"prompt": "a", "responses": [" b", " c"], "scores": [1, 1]}
+    path.write_text("".join(json.dumps({**row, "prompt": f"p{i}"}) + "\n" for i in range(4)))
+    task = load_task(str(path), 0)
+    with pytest.raises(UserError, match="needs scored, or chosen and rejected, responses"):
+        rm.usable(config(tmp_path, str(path)), task)
+    assert len(rm.usable(config(tmp_path, str(path), objective="absolute"), task)) == 3
+
+
+def test_normalization_falls_back_to_the_ranked_responses(tmp_path, data):
+    task = load_task(data, 0)
+    model, tokenizer = load_reward_model("tiny", tokenizer_texts=task.texts())
+    rankings = task.rankings[:2]
+    bare = type(task)(**{**vars(task), "demonstrations": [], "rankings": rankings})
+    rm.fit_normalization(model, tokenizer, bare, config(tmp_path, data))
+    found = rm.score_texts(model, tokenizer, [(each.prompt, text) for each in rankings for text in each.responses], 512)
+    assert found.mean().item() == pytest.approx(0.0, abs=1e-4)
+    one = type(task)(**{**vars(task), "demonstrations": [Demonstration("a", " b")]})
+    rm.fit_normalization(model, tokenizer, one, config(tmp_path, data))
+    assert model.config.score_std == 1.0
+
+
+@pytest.mark.parametrize(
+    "option, value", [("epochs", 0), ("batch_size", 0), ("max_length", 0), ("center_coef", -1.0), ("margin", -1.0)]
+)
+def test_bad_options(tmp_path, option):
+    with pytest.raises(UserError, match=f"{option} must be at least"):
+        config(tmp_path, **{option: -1})
