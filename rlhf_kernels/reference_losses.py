@@ -113,8 +113,8 @@ def ppo_loss_fwd(
     policy, dpolicy, stats, counted = _policy_terms(
         logprobs, old_logprobs, advantages, mask, cliprange, cliprange_high, dual_clip
     )
-    value_inputs = (upcast(x, logprobs) for x in (values, old_values, returns))
-    value, dvalue, value_stats = _value_terms(*value_inputs, counted, cliprange_value)
+    v, old_v, target = (upcast(x, logprobs) for x in (values, old_values, returns))
+    value, dvalue, value_stats = _value_terms(v, old_v, target, counted, cliprange_value)
     total = _normalizer(counted, normalizer, policy.dtype)
     stats |= value_stats
     stats["policy_loss"], stats["value_loss"] = policy.sum() / total, value.sum() / total

@@ -1,0 +1,95 @@
+// Scalar maths of the losses and rewards, written once for the CPU and for CUDA.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define RK_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define RK_HOST_DEVICE inline
+#endif
+
+namespace rlhf_kernels {
+
+enum class KlEstimator { k1, k2, k3, abs, pos };
+
+// exp(20) = 4.9e8: beyond it one token would be the whole batch.
+constexpr double kMaxLogRatio = 20.0;
+
+template <typename T>
+RK_HOST_DEVICE T clamped(T x, T low, T high) {
+  return x < low ? low : (x > high ? high : x);  // NaN passes through
+}
+
+// a − b; 0 where both are −inf.
+template <typename T>
+RK_HOST_DEVICE T log_difference(T a, T b) {
+  return a == b ? T(0) : a - b;
+}
+
+// Per-token estimate of KL(π ‖ ref) from D = log π − log ref.
+template <typename T>
+RK_HOST_DEVICE T kl_estimate(T difference, KlEstimator kind) {
+  switch (kind) {
+    case KlEstimator::k1:
+      return difference;
+    case KlEstimator::k2:
+      return difference * difference / 2;
+    case KlEstimator::k3: {
+      const T d = clamped(difference, T(-kMaxLogRatio), T(kMaxLogRatio));
+      return std::expm1(-d) + d;
+    }
+    case KlEstimator::abs:
+      return difference < 0 ? -difference : difference;
+    case KlEstimator::pos:
+      return difference < 0 ? T(0) : difference;
+  }
+  return difference;
+}
+
+template <typename T>
+struct PolicyTerm {
+  T loss, derivative, log_ratio, ratio;
+  bool above, below;  // held by the upper bound with A > 0, by the lower one with A < 0
+};
+
+// max(−A·ρ, −A·clip(ρ)), for A < 0 at most −dual_clip·A, and its derivative by the log-probability.
+// The bounds are inclusive: at 1 ± cliprange the gradient is kept. dual_clip ≤ 0 means none.
+template <typename T>
+RK_HOST_DEVICE PolicyTerm<T> policy_term(T difference, T advantage, T low, T high, T dual_clip) {
+  PolicyTerm<T> term;
+  term.log_ratio = clamped(difference, T(-kMaxLogRatio), T(kMaxLogRatio));
+  term.ratio = std::exp(term.log_ratio);
+  term.above = advantage > 0 && term.ratio > high;
+  term.below = advantage < 0 && term.ratio < low;
+  const T unclipped = -advantage * term.ratio;
+  const T clipped = -advantage * clamped(term.ratio, low, high);
+  term.loss = unclipped > clipped || unclipped != unclipped ? unclipped : clipped;
+  bool active = !term.above && !term.below && (difference == term.log_ratio || difference != difference);
+  if (dual_clip > 0 && advantage < 0 && term.ratio > dual_clip) {
+    term.loss = -dual_clip * advantage;
+    active = false;
+  }
+  term.derivative = active ? unclipped : T(0);
+  return term;
+}
+
+template <typename T>
+struct ValueTerm {
+  T loss, derivative;
+  bool clipped;
+};
+
+// ½ max((V − R)², (V_old + clip(V − V_old) − R)²) and its derivative by V. cliprange < 0 means none.
+template <typename T>
+RK_HOST_DEVICE ValueTerm<T> value_term(T value, T old_value, T target, T cliprange) {
+  const T error = value - target, change = value - old_value;
+  if (cliprange < 0) return {error * error / 2, error, false};
+  const T clipped_error = old_value + clamped(change, -cliprange, cliprange) - target;
+  const bool inside = change <= cliprange && change >= -cliprange;
+  const bool larger = clipped_error * clipped_error > error * error;
+  const T chosen = larger ? clipped_error : error;
+  return {chosen * chosen / 2, inside || !larger ? error : T(0), !inside && larger};
+}
+
+}  // namespace rlhf_kernels
