@@ -189,9 +189,18 @@ def test_normalization_falls_back_to_the_ranked_responses(tmp_path, data):
     assert model.config.score_std == 1.0
 
 
-@pytest.mark.parametrize(
-    "option, value", [("epochs", 0), ("batch_size", 0), ("max_length", 0), ("center_coef", -1.0), ("margin", -1.0)]
-)
+@pytest.mark.parametrize("option", ["epochs", "batch_size", "max_length", "center_coef", "margin"])
 def test_bad_options(tmp_path, option):
     with pytest.raises(UserError, match=f"{option} must be at least"):
         config(tmp_path, **{option: -1})
+    with pytest.raises(UserError, match=r"token_dropout must lie in \[0, 1\), got 1.0"):
+        config(tmp_path, token_dropout=1.0)
+
+
+def test_dropped_tokens_are_a_share_and_never_the_one_that_is_scored():
+    mask = torch.ones(200, 50, dtype=torch.bool)
+    mask[:100, 30:], mask[100:, :20] = False, False
+    seen = rm.drop_tokens(mask, 0.4)
+    assert not (seen & ~mask).any() and seen[:100, 29].all() and seen[100:, 49].all()
+    assert seen.sum().item() / mask.sum().item() == pytest.approx(0.6 + 0.4 / 30, abs=0.03)
+    assert rm.drop_tokens(mask, 0.0) is mask
