@@ -204,3 +204,14 @@ def test_dropped_tokens_are_a_share_and_never_the_one_that_is_scored():
     assert not (seen & ~mask).any() and seen[:100, 29].all() and seen[100:, 49].all()
     assert seen.sum().item() / mask.sum().item() == pytest.approx(0.6 + 0.4 / 30, abs=0.03)
     assert rm.drop_tokens(mask, 0.0) is mask
+
+
+def test_real_sentences(tmp_path, data_folder):
+    folder = data_folder / "rt-polarity"
+    if not folder.is_dir():
+        pytest.skip(f"no rt-polarity in {data_folder}")
+    run = rm.main(config(tmp_path, str(folder), max_steps=20, epochs=1, lr_scheduler="constant", token_dropout=0.2))
+    summary = json.loads((run / "run.json").read_text())["summary"]
+    assert summary["steps"] == 20 and summary["pairs"] == 1600
+    # Four epochs give 0.80; 20 steps must be 4 standard errors above chance.
+    assert summary["pair_accuracy"] > 0.5 + 4 * summary["pair_accuracy_sem"]

@@ -1,0 +1,59 @@
+"""rollout_advantages: rewards, GAE and whitening of a rollout [B, T].
+
+Limit: log-probabilities of policy and reference, attention, values and mask are read once and four results written
+once, 33 bytes a token in fp32. Whitening needs the mean of the whole batch before it can write, so a batch that does
+not fit a cache costs 8 bytes a token more; the limit leaves them out.
+"""
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .bench_gae import GAMMA, LAM, UNROLLED, loop, padded_mask
+from .harness import Case, Work
+
+KL_COEF, BETA = 0.05, 0.8
+
+
+def cases() -> list[Case]:
+    return [Case({"B": 512, "T": 2048}), Case({"B": 8, "T": 64}, quick=True)]
+
+
+def inputs(case: Case) -> tuple[Tensor, ...]:
+    shape = case.sizes["B"], case.sizes["T"]
+    logprobs = -torch.rand(shape) * 4
+    ref_logprobs = logprobs + 0.1 * torch.randn(shape)
+    floats = torch.randn(shape[0]), logprobs, ref_logprobs, torch.rand(shape), torch.randn(shape)
+    return *(x.to(case.dtype) for x in floats), padded_mask(*shape)
+
+
+def work(case: Case) -> dict[str, Work]:
+    tokens = case.sizes["B"] * case.sizes["T"]
+    return {"fwd": Work(tokens * (4 * case.dtype.itemsize + 1 + 4 * 4))}
+
+
+def ours(case: Case):
+    return lambda *tensors: rk.rollout_advantages(*tensors, kl_coef=KL_COEF, beta=BETA, gamma=GAMMA, lam=LAM)
+
+
+def peers(case: Case):
+    return {"loop as in verl": plain_with_loop, "torch.compile": UNROLLED}
+
+
+def plain_with_loop(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, attention: Tensor, values: Tensor, mask: Tensor
+) -> tuple[Tensor, ...]:
+    """One line of torch after another around the loop of bench_gae."""
+    weight = mask.to(logprobs.dtype)
+    kl = (logprobs - ref_logprobs) * weight
+    shares = attention * weight
+    shares = shares / shares.sum(-1, keepdim=True)
+    rewards = BETA * shares * scores[:, None] - KL_COEF * kl
+    last = mask.sum(-1) - 1
+    rewards[torch.arange(len(scores)), last] += (1 - BETA) * scores
+    advantages, returns = loop(rewards, values, mask)
+    count = weight.sum()
+    mean = advantages.sum() / count
+    variance = ((advantages - mean).square() * weight).sum() / count
+    return (advantages - mean) * torch.rsqrt(variance + 1e-8) * weight, returns, rewards, kl

@@ -1,0 +1,54 @@
+"""token_logprobs: log π(token) (and the entropy) of N rows of V logits.
+
+Limit: forward reads the logits once, N·V elements; backward reads them again and writes as many gradients, so 2·N·V,
+and 3·N·V for both. Memory decides as long as an exp costs less than reading its operand. The tokens and the results are
+a rounding error beside it.
+"""
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .harness import Case, Work
+
+
+def cases() -> list[Case]:
+    return [
+        Case({"N": 1024, "V": 50257}),
+        Case({"N": 1024, "V": 50257}, torch.bfloat16),
+        Case({"N": 1024, "V": 50257}, variant="entropy"),
+        Case({"N": 64, "V": 1009}, quick=True),
+        Case({"N": 64, "V": 1009}, torch.bfloat16, "entropy", quick=True),
+    ]
+
+
+def inputs(case: Case) -> tuple[Tensor, ...]:
+    rows, vocabulary = case.sizes["N"], case.sizes["V"]
+    logits = (3 * torch.randn(rows, vocabulary)).to(case.dtype)
+    return logits.requires_grad_(), torch.randint(vocabulary, (rows,))
+
+
+def work(case: Case) -> dict[str, Work]:
+    rows, vocabulary = case.sizes["N"], case.sizes["V"]
+    logits = rows * vocabulary * case.dtype.itemsize
+    beside = rows * (8 + 4 * (2 if case.variant == "entropy" else 1))  # tokens, and results or their gradients
+    return {"fwd": Work(logits + beside), "bwd": Work(2 * logits + beside), "fwd+bwd": Work(3 * logits + 2 * beside)}
+
+
+def ours(case: Case):
+    return rk.token_logprobs_entropy if case.variant == "entropy" else rk.token_logprobs
+
+
+def peers(case: Case):
+    formula = plain_entropy if case.variant == "entropy" else plain
+    return {"torch eager": formula, "torch.compile": torch.compile(formula, dynamic=False)}
+
+
+def plain(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def plain_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    everything = logits.float().log_softmax(-1)
+    return everything.gather(-1, tokens[..., None]).squeeze(-1), -(everything.exp() * everything).sum(-1)

@@ -1,0 +1,103 @@
+"""Results as JSON, as Markdown, and as the README's part between its markers."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+COLUMNS = ("ours native", "ours torch", "torch eager", "torch.compile")  # every other provider shares a column
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    _replace(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """All of it or nothing: an old file stays whole until the new one is there."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the machine, a line per op, case and pass, and who is missing or was refused."""
+    machine, ceilings = results["machine"], results["ceilings"]
+    rates = [f"reading {ceilings['read'] / 1e9:.1f} GB/s"]
+    rates += [f"{name} {rate / 1e12:.2g} TFLOP/s" for name, rate in ceilings.items() if name != "read"]
+    lines = [
+        f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads on {machine['cores']} cores, "
+        f"torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}, {machine['date'][:10]}. "
+        f"Ceilings measured in the same run: {', '.join(rates)}.",
+        "",
+        "Milliseconds, median ± half the interquartile range. GB/s (TFLOP/s) and share of the limit are ours, for the "
+        "work that cannot be avoided at the measured ceiling; over 100 % means from a cache. Extra memory is the peak "
+        "of the whole call above what stood before it, results included: ours, and the leanest peer's.",
+        "",
+        f"| op | case | pass | {' | '.join(COLUMNS)} | other | × the fastest peer | rate | of the limit | extra MiB |",
+        f"|---|---|---|{'--:|' * len(COLUMNS)}---|--:|--:|--:|--:|",
+    ]
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["status"] == "ok":
+            groups.setdefault((row["op"], row["case"], row["phase"]), {})[row["provider"]] = row
+    lines += [_line(*key, found) for key, found in groups.items()]
+    notes = {f"- {row['op']}, {row['provider']}: {row['status']}" for row in results["rows"] if row["status"] != "ok"}
+    return "\n".join([*lines, *(["", "Not timed:", "", *sorted(notes)] if notes else [])])
+
+
+def _line(op: str, case: str, phase: str, found: dict[str, dict[str, Any]]) -> str:
+    cells = [_milliseconds(found[name]) if name in found else "–" for name in COLUMNS]
+    others = [f"{_milliseconds(row)} {name}" for name, row in found.items() if name not in COLUMNS]
+    line = [f"`{op}`", case, phase, *cells, "<br>".join(others) or "–"]
+    ours = next((row for name, row in found.items() if name.startswith("ours")), None)  # the backend that would run
+    peers = [row for name, row in found.items() if not name.startswith("ours")]
+    if ours is None or not peers:
+        return f"| {' | '.join([*line, *['–'] * 4])} |"
+    gain = min(row["median_ms"] for row in peers) / ours["median_ms"]
+    rate = f"{ours['tflop_per_s']:.2g} TFLOP/s" if ours["gb_per_s"] is None else f"{_digits(ours['gb_per_s'])} GB/s"
+    memory = [row["peak_extra_mib"] for row in (ours, *peers) if row["peak_extra_mib"] is not None]
+    extra = f"{_digits(memory[0])} / {_digits(min(memory[1:]))}" if len(memory) == 1 + len(peers) else "–"
+    return f"| {' | '.join([*line, f'{_digits(gain)}×', rate, format(ours['share'], '.0%'), extra])} |"
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    low, high = row["quartiles_ms"]
+    return f"{_digits(row['median_ms'])} ± {_digits((high - low) / 2)}"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.2g}" if number < 1 else f"{number:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the README
+
+
+def split_readme() -> tuple[str, str, str]:
+    """The README before its markers, between them and after them."""
+    if not README.exists():
+        raise FileNotFoundError(f"{README} must exist, with a line {BEGIN} and a line {END}")
+    text = README.read_text()
+    for marker in (BEGIN, END):
+        if text.count(marker) != 1:
+            raise ValueError(f"{README} must have one line {marker}, got {text.count(marker)}")
+    before, rest = text.split(BEGIN)
+    part, after = rest.split(END)
+    return before, part, after
+
+
+def rendered() -> str:
+    """What should stand between the markers: the table of every file in results/."""
+    tables = [table(read(path)) for path in sorted(FOLDER.glob("*.json"))]
+    return "".join(f"\n{part}\n" for part in tables) or "\n"
+
+
+def update_readme() -> None:
+    before, _, after = split_readme()
+    _replace(README, f"{before}{BEGIN}{rendered()}{END}{after}")

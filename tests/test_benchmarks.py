@@ -1,0 +1,258 @@
+"""The benchmarks measure what they say: wrong results are never timed, and the README shows the files in results/."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf_kernels as rk
+from benchmarks import harness, machine, report
+from benchmarks.__main__ import STEMS, main
+
+CEILINGS = {"read": 10e9, "matmul fp32": 1e12}
+
+
+# ----------------------------------------------------------------------------------------------------------- the gate
+
+
+class Squares:
+    """A bench module of x² with some peers."""
+
+    def __init__(self, **peers):
+        self.given = peers
+
+    def inputs(self, case):
+        return (torch.linspace(1, 2, case.sizes["N"]).requires_grad_(),)
+
+    def ours(self, case):
+        return lambda x: x * x
+
+    def peers(self, case):
+        return self.given
+
+    def work(self, case):
+        return {phase: harness.Work(8 * case.sizes["N"]) for phase in ("fwd", "bwd", "fwd+bwd")}
+
+
+def run_squares(**peers):
+    case = harness.Case({"N": 100})
+    # Any registered stem serves: it only says which backends of ours there are.
+    rows = harness.run_case("gae", Squares(**peers), case, "cpu", CEILINGS, budget=0.01)
+    return [row for row in rows if row.provider in peers]
+
+
+def off_in_one_place(x):
+    return x * x + torch.eye(100)[7] * 1e-3
+
+
+def nan_in_one_place(x):
+    return torch.where(torch.arange(100) == 7, torch.nan, x * x)
+
+
+def wrong_gradient(x):
+    return (x * x).detach() + (x - x.detach())
+
+
+def does_not_run(x):
+    raise RuntimeError("no C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("peer", "status"),
+    [
+        (off_in_one_place, "wrong: result 0 is off in 1 of 100 places, by up to 0.001"),
+        (nan_in_one_place, "wrong: result 0 is off in 1 of 100 places, by up to nan"),
+        (wrong_gradient, "wrong: result 1 is off in"),
+        (lambda x: (x * x)[None], "failed: Mismatch in shape"),
+        (does_not_run, "failed: no C++ compiler"),
+        ("not installed", "missing: not installed"),
+    ],
+)
+def test_a_wrong_provider_is_named_and_never_timed(peer, status, capsys):
+    calls = 0
+
+    def counted(x):
+        nonlocal calls
+        calls += 1
+        return peer(x)
+
+    (row,) = run_squares(peer=peer if isinstance(peer, str) else counted)
+    assert row.status.startswith(status)
+    assert (row.median_ms, row.rounds, row.peak_extra_mib) == (None, 0, None)
+    assert calls == (0 if isinstance(peer, str) else 1)
+    assert f"peer: {status}" in capsys.readouterr().err
+
+
+def test_a_wrong_shape_or_number_of_results_is_named():
+    x, truth = torch.ones(3), [torch.ones(3, dtype=torch.float64)]
+    broadcast = harness.Provider("peer", lambda x: x[:1])
+    assert harness.fault(broadcast, [x], [], truth) == "wrong: shapes [(1,)] should be [(3,)]"
+    two = harness.Provider("peer", lambda x: (x, x))
+    assert harness.fault(two, [x], [], truth) == "wrong: shapes [(3,), (3,)] should be [(3,)]"
+
+
+def test_a_right_provider_is_timed_in_every_pass():
+    rows = run_squares(peer=torch.square)
+    assert [(row.status, row.phase) for row in rows] == [("ok", "fwd"), ("ok", "bwd"), ("ok", "fwd+bwd")]
+    assert all(row.median_ms > 0 and harness.MIN_ROUNDS <= row.rounds <= harness.MAX_ROUNDS for row in rows)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_provider_passes_its_gate(stem):
+    bench = harness.load(stem)
+    quick = [case for case in bench.cases() if case.quick]
+    assert quick and len(quick) < len(bench.cases())
+    for case in quick:
+        inputs = bench.inputs(case)
+        truth, upstream = harness.truth_of(bench.ours(case), inputs)
+        for provider in harness.providers(stem, bench, case, "cpu"):
+            if not provider.missing and provider.name != "torch.compile":  # compiling takes long
+                assert harness.fault(provider, inputs, upstream, truth) == "", (provider.name, case)
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_known_rates():
+    row = harness.Row("op", "case", "peer", "ok", "fwd")
+    work = harness.Work(bytes=40_000_000, flops=1_000_000_000)  # 4 ms of reading, 1 ms of products
+    harness.measured(row, [0.005, 0.008, 0.009], work, harness.Case({}), CEILINGS)
+    assert (row.median_ms, row.quartiles_ms, row.rounds) == (8, pytest.approx([6.5, 8.5]), 3)
+    assert (row.gb_per_s, row.tflop_per_s) == (pytest.approx(5), None)
+    assert (row.limit_ms, row.share) == (pytest.approx(4), pytest.approx(0.5))
+
+
+def test_matrix_products_set_the_limit():
+    row = harness.Row("op", "case", "peer", "ok", "fwd")
+    work = harness.Work(bytes=10_000_000, flops=4_000_000_000)  # 1 ms of reading, 4 ms of products
+    harness.measured(row, [0.008] * 5, work, harness.Case({}), CEILINGS)
+    assert (row.gb_per_s, row.tflop_per_s, row.share) == (None, pytest.approx(0.5), pytest.approx(0.5))
+
+
+def test_least_bytes_of_a_known_case():
+    case = harness.Case({"N": 10, "V": 1000}, torch.bfloat16)
+    work = harness.load("token_logprobs").work(case)
+    assert [work[phase].bytes for phase in ("fwd", "bwd", "fwd+bwd")] == [20_120, 40_120, 60_240]
+    assert harness.load("gae").work(harness.Case({"B": 2, "T": 5}))["fwd"].bytes == 170
+
+
+def test_peak_extra_memory_is_what_was_held_at_once():
+    rise = machine.peak_extra_bytes(lambda: torch.ones(4 << 20).exp().sum())  # two tensors of 16 MiB
+    if rise is None:
+        pytest.skip("resident memory can be watched only on Linux with glibc")
+    assert rise / 2**20 == pytest.approx(32, abs=2)
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_quick_run_of_one_op_writes_json(tmp_path):
+    file = tmp_path / "quick.json"
+    root = Path(report.__file__).parent.parent
+    command = [sys.executable, "-m", "benchmarks", "gae", "--quick", "--threads", "1", "--json", str(file)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert {"cpu", "cores", "torch", "python", "compiler", "commit", "date"} < set(results["machine"])
+    assert results["machine"]["threads"] == 1
+    assert results["ceilings"]["read"] > 1e8 and results["ceilings"]["matmul fp32"] > 1e8
+    assert {row["op"] for row in results["rows"]} == {"gae"}
+    found = {row["provider"]: row for row in results["rows"]}
+    assert set(found) == {"ours native", "ours torch", "loop as in verl", "torch.compile"}
+    assert found["torch.compile"]["status"].startswith("missing")
+    assert (found["ours native"]["status"] == "ok") == rk.backend.has("gae", "native", "cpu")
+    for name in ("ours torch", "loop as in verl"):
+        low, high = found[name]["quartiles_ms"]
+        assert 0 < low <= found[name]["median_ms"] <= high
+    assert report.table(results) == done.stdout.strip()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["grpo"], "op must be one of token_logprobs, attention_row, gae, rollout_advantages, ppo_loss, got grpo"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--json", "/nowhere/at/all.json"], "--json: /nowhere/at must be an existing folder"),
+        (["--table", "/nowhere/at/all.json"], "--table: /nowhere/at/all.json must be a file that --json wrote"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("provider", ["ours torch", "peer"])
+def test_exit_status_tells_of_a_wrong_result_of_ours(provider, monkeypatch, capsys):
+    row = {"op": "gae", "case": "B=1", "provider": provider, "status": "wrong: off", "phase": ""}
+    monkeypatch.setattr("benchmarks.__main__.run", lambda *_: RESULTS | {"rows": [row]})
+    assert main(["gae"]) == (1 if provider == "ours torch" else 0)
+    assert f"- gae, {provider}: wrong: off" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- the README
+
+
+def timing(provider, median, **more):
+    row = harness.Row("gae", "B=2 T=3 fp32", provider, "ok", "fwd", median, [median - 1, median + 3])
+    return vars(row) | {"gb_per_s": 5.0, "share": 0.5, "peak_extra_mib": median} | more
+
+
+RESULTS = {
+    "machine": {
+        "cpu": "A processor",
+        "instructions": "AVX512",
+        "threads": 2,
+        "cores": 2,
+        "torch": "2.13.0",
+        "python": "3.11.7",
+        "commit": "abc",
+        "date": "2026-01-02T03:04:05+00:00",
+    },
+    "ceilings": {"read": 32e9, "matmul fp32": 0.2e12},
+    "rows": [
+        timing("ours native", 4.0),
+        timing("ours torch", 160.0),
+        timing("torch eager", 120.0),
+        timing("loop", 80.0),
+        {"op": "gae", "case": "B=2 T=3 fp32", "provider": "Liger", "status": "missing: not installed", "phase": ""},
+    ],
+}
+
+
+def test_table_of_known_numbers():
+    lines = report.table(RESULTS).splitlines()
+    assert lines[0] == (
+        "A processor (AVX512), 2 threads on 2 cores, torch 2.13.0, Python 3.11.7, commit abc, 2026-01-02. "
+        "Ceilings measured in the same run: reading 32.0 GB/s, matmul fp32 0.2 TFLOP/s."
+    )
+    assert (
+        "| `gae` | B=2 T=3 fp32 | fwd | 4.0 ± 2.0 | 160 ± 2.0 | 120 ± 2.0 | – | 80.0 ± 2.0 loop "
+        "| 20.0× | 5.0 GB/s | 50% | 4.0 / 80.0 |"
+    ) in lines
+    assert lines[-1] == "- gae, Liger: missing: not installed"
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"README\.md must exist"):
+        report.update_readme()
+    report.README.write_text(f"before\n{report.BEGIN}\nafter\n")
+    with pytest.raises(ValueError, match=re.escape(f"must have one line {report.END}, got 0")):
+        report.update_readme()
+    report.README.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write(tmp_path / "cpu.json", RESULTS)
+    assert main(["--readme"]) == 0
+    wanted = f"before\n{report.BEGIN}\n{report.table(RESULTS)}\n{report.END}\nafter\n"
+    assert report.README.read_text() == wanted
+
+
+def test_readme_is_in_step_with_the_results():
+    assert report.split_readme()[1] == report.rendered(), "run: python -m benchmarks --readme"
