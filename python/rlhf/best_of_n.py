@@ -42,7 +42,7 @@ class BestOfNConfig(CommonConfig):
     micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given")
     response_length: int | None = option(None, "tokens a response may have; the task's own unless given")
     temperature: float = option(1.0, "sampling temperature; the same one scores the tokens")
-    learning_rate: float = option(3e-4, "peak learning rate, falling linearly to 0")
+    learning_rate: float = option(1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5")
     max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
     eval_every: int = option(6, "steps between evaluations on held-out prompts; 0 for only the first and the last")
     eval_samples: int = option(128, "responses in an evaluation; also those of the best-of-n estimate")
