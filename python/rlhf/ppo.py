@@ -38,7 +38,7 @@ class PpoConfig(CommonConfig):
     rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
     ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
-    steps: int = option(30, "rollouts, each followed by its updates")
+    steps: int = option(25, "rollouts, each followed by its updates")
     batch_size: int = option(128, "responses sampled a step, one a prompt")
     num_ppo_epochs: int = option(4, "passes over each rollout")
     num_mini_batches: int = option(2, "optimiser steps in a pass")
