@@ -37,6 +37,10 @@ def ours(case: Case):
     return lambda *tensors: rk.rollout_advantages(*tensors, kl_coef=KL_COEF, beta=BETA, gamma=GAMMA, lam=LAM)
 
 
+def formula(case: Case):
+    return plain_with_loop
+
+
 def peers(case: Case):
     return {"loop as in verl": plain_with_loop, "torch.compile": UNROLLED}
 

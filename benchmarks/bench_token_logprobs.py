@@ -40,15 +40,22 @@ def ours(case: Case):
     return rk.token_logprobs_entropy if case.variant == "entropy" else rk.token_logprobs
 
 
+def formula(case: Case):
+    return logprobs_entropy if case.variant == "entropy" else logprobs
+
+
 def peers(case: Case):
-    formula = plain_entropy if case.variant == "entropy" else plain
-    return {"torch eager": formula, "torch.compile": torch.compile(formula, dynamic=False)}
+    return {"torch eager": formula(case), "torch.compile": torch.compile(formula(case), dynamic=False)}
 
 
-def plain(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    return log_softmax(logits).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def plain_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    everything = logits.float().log_softmax(-1)
+def logprobs_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    everything = log_softmax(logits)
     return everything.gather(-1, tokens[..., None]).squeeze(-1), -(everything.exp() * everything).sum(-1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -17,8 +17,8 @@ METHODS = {
     "sft": "SFT",
     "best-of-n": "SFT on best of n",
     "rrhf": "RRHF",
-    "ppo-terminal": "PPO, score on the last token",
-    "ppo-abc": "PPO, score spread by attention",
+    "ppo-terminal": "PPO terminal score",
+    "ppo-abc": "PPO attention credit",
 }
 
 
@@ -61,7 +61,7 @@ def main(config: DemoConfig) -> Path:
     say("4/7  RRHF")
     rrhf.main(rrhf.RrhfConfig(out=str(folders["rrhf"]), **start))
     for number, shaping in ((5, "terminal"), (6, "abc")):
-        say(f"{number}/7  PPO, {METHODS[f'ppo-{shaping}']}")
+        say(f"{number}/7  {METHODS[f'ppo-{shaping}']}")
         ppo.main(ppo.PpoConfig(out=str(folders[f"ppo-{shaping}"]), reward_shaping=shaping, **start))
     say("7/7  evaluation on held-out prompts, and the report")
     for name in METHODS:
@@ -102,6 +102,8 @@ def show_table(folders: dict[str, Path]) -> None:
     info = {name: json.loads((folder / "run.json").read_text()) for name, folder in folders.items()}
     judge = "gold" if "gold" in results["sft"] else "proxy"
     console = Console()
+    if not console.is_terminal:  # a log file has no width; 80 columns would break every cell
+        console = Console(width=132)
     accuracy = info["rm"]["summary"]["pair_accuracy"]
     console.print(f"\nReward model: {accuracy:.1%} of held-out pairs ordered as the annotator did.")
     table = Table(title=f"{results['sft']['n']} held-out responses a method, mean ± standard error")
@@ -135,7 +137,5 @@ def show_table(folders: dict[str, Path]) -> None:
         )
     for row in info["best-of-n"]["summary"]["best_of_n"][1:]:
         rewards = [f"{row[j]['mean']:.3f} ± {row[j]['sem']:.3f}" if j in row else "–" for j in ("proxy", "gold")]
-        table.add_row(
-            f"best of {row['n']}, picked when asked", *rewards, "", f"≤ {row['kl_bound']:.2f}", "", "", "", ""
-        )
+        table.add_row(f"best of {row['n']} samples", *rewards, "", f"≤ {row['kl_bound']:.2f}", "", "", "", "")
     console.print(table)
