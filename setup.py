@@ -48,6 +48,7 @@ def extension() -> dict:
         "rlhf_kernels._C",
         sources,
         include_dirs=[str(Path("csrc").resolve())],
+        define_macros=[("RLHF_KERNELS_CUDA", None)] if cuda else [],
         depends=headers,
         extra_compile_args=arguments,
     )

@@ -152,6 +152,9 @@ def test_environment_variable():
 def without_extension(tmp_path):
     """A folder with a copy of the package that lacks the extension."""
     shutil.copytree(PACKAGE, tmp_path / "rlhf_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    # An editable install finds the submodules that a copy lacks.
+    hide = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
     return tmp_path
 
 
