@@ -35,23 +35,27 @@ def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor
     return u / temperature
 
 
-def _valid(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def valid_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return tokens >= 0 if mask is None else mask & (tokens >= 0)
 
 
+def check_range(op: str, tokens: Tensor, valid: Tensor, vocabulary: int) -> None:
+    """An error for tokens out of range on the CPU; a GPU would have to be waited for, there the result is NaN."""
+    if tokens.device.type == "cpu" and (outside := valid & (tokens >= vocabulary)).any():
+        raise ValueError(f"{op}: tokens must be below V = {vocabulary}, got {int(tokens[outside].max())}")
+
+
 def _token_index(op: str, tokens: Tensor, valid: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Tokens that can be gathered with, and where they are out of range (CPU: an error instead)."""
+    """Tokens that can be gathered with, and where they are out of range."""
+    check_range(op, tokens, valid, vocabulary)
     index = torch.where(valid, tokens, 0).long()
-    outside = index >= vocabulary
-    if tokens.device.type == "cpu" and outside.any():
-        raise ValueError(f"{op}: tokens must be below V = {vocabulary}, got {int(index.max())}")
-    return index.clamp(max=vocabulary - 1), outside
+    return index.clamp(max=vocabulary - 1), index >= vocabulary
 
 
 def token_logprobs_fwd(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    valid = _valid(tokens, mask)
+    valid = valid_tokens(tokens, mask)
     index, outside = _token_index("token_logprobs", tokens, valid, logits.shape[-1])
     z = _scaled(torch.where(valid[..., None], logits, 0), temperature, softcap)
     # Everything is taken relative to the highest logit: near 1e4 an fp32 logsumexp is off by 5e-4, and Σ p·z by nats.
@@ -85,7 +89,7 @@ def token_logprobs_bwd(
     temperature: float,
     softcap: float | None,
 ) -> Tensor:
-    valid = _valid(tokens, mask)
+    valid = valid_tokens(tokens, mask)
     index, _ = _token_index("token_logprobs", tokens, valid, logits.shape[-1])
     safe_logits = torch.where(valid[..., None], logits, 0)
     z = _scaled(safe_logits, temperature, softcap)
@@ -117,7 +121,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def counted_rows(hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """hidden as [N, H] with masked rows zeroed: 0 · NaN would reach ∂L/∂weight."""
-    return torch.where(_valid(tokens, mask)[..., None], hidden, 0).reshape(-1, hidden.shape[-1])
+    return torch.where(valid_tokens(tokens, mask)[..., None], hidden, 0).reshape(-1, hidden.shape[-1])
 
 
 def row_chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -227,7 +231,7 @@ def policy_ref_logprobs_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs, entropy, lse = token_logprobs_fwd(logits, tokens, mask, temperature, None, True)
     ref_logprobs, _, ref_lse = token_logprobs_fwd(ref_logits, tokens, mask, temperature, None, False)
-    valid = _valid(tokens, mask)
+    valid = valid_tokens(tokens, mask)
     p, log_ratio = _log_ratio(logits, ref_logits, valid, lse, ref_lse, temperature)
     kl = torch.where(p > 0, p * log_ratio, 0).sum(-1)
     return logprobs, ref_logprobs, entropy, torch.where(valid, kl, 0).to(entropy.dtype), lse, ref_lse
@@ -260,7 +264,7 @@ def policy_ref_logprobs_bwd(
         token_logprobs_bwd(upcast(logits), tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, None)
     )
     if grad_kl is not None:
-        valid = _valid(tokens, mask)
+        valid = valid_tokens(tokens, mask)
         p, log_ratio = _log_ratio(logits, ref_logits, valid, lse, ref_lse, temperature)
         dz = torch.where(p > 0, p * (log_ratio - kl[..., None]), 0) * torch.where(valid, grad_kl, 0)[..., None]
         safe_logits = torch.where(valid[..., None], logits, 0)

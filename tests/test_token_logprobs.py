@@ -153,14 +153,14 @@ def test_offsets_beyond_32_bits(backend_name, tmp_path):
     """The last row of more than 2³¹ logits, in a sparse file of which nothing else is read."""
     if backend_name == "torch":
         pytest.skip("the torch backend copies the logits")
-    rows, vocabulary = 2**16 + 1, 2**15
+    rows, vocabulary = 2**11 + 1, 2**20
     logits = torch.from_file(str(tmp_path / "logits"), True, rows * vocabulary, dtype=torch.bfloat16)
     logits = logits.view(rows, vocabulary)
     logits[-1, 5] = math.log(vocabulary)
     tokens, mask = torch.full((rows,), 5), torch.arange(rows) == rows - 1
     logprobs = rk.token_logprobs(logits, tokens, mask)
-    assert logits[-1, 5] == 10.375  # log(2^15) in bf16
-    close(logprobs[-1], 10.375 - math.log(vocabulary - 1 + math.exp(10.375)))
+    assert logits[-1, 5] == 13.875  # log(2^20) in bf16
+    close(logprobs[-1], 13.875 - math.log(vocabulary - 1 + math.exp(13.875)))
     assert (logprobs[:-1] == 0).all()
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one module a stem; backend.py decides when they run."""
