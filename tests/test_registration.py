@@ -145,6 +145,7 @@ CASES = cases()
 every_case = parametrize(CASES)
 differentiable_case = parametrize(CASES, lambda case: case.wrt)
 every_big_case = parametrize(cases(96, 161, 17))  # more than one thread's share
+every_tall_case = parametrize(cases(9, 3, 17))  # more than one program of the Triton kernels, which have no threads
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -249,7 +250,7 @@ def test_inputs_are_left_alone(name, case, backend):
         assert all(x.is_contiguous() for x in outputs + gradients)
 
 
-@on_every_backend
+@pytest.mark.parametrize("backend", ("torch", "native"))
 @every_big_case
 def test_same_input_same_bits(name, case, backend, threads):
     with on_backend(backend, case.op):
@@ -262,6 +263,14 @@ def test_same_input_same_bits(name, case, backend, threads):
             assert torch.equal(once, again)
             if "linear" not in name:  # a matrix product is cut up by the BLAS library as it likes
                 assert torch.equal(once, one_thread)
+
+
+@every_tall_case
+def test_same_input_same_bits_in_triton(name, case):
+    with on_backend("triton", case.op):
+        once, again = (call(name, case, tensors(case)) for _ in range(2))
+        for a, b in zip(sum(once, []), sum(again, [])):
+            assert torch.equal(a, b)
 
 
 @on_every_backend

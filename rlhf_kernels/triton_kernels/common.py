@@ -135,7 +135,10 @@ def block_sums(z):
 def merge_sums(m, s, t, m_block, s_block, t_block):
     """`block_sums` of two parts as those of the whole."""
     highest = tl.maximum(m, m_block)
-    shift, shift_block = (finite_or_zero(m) - finite_or_zero(highest), finite_or_zero(m_block) - finite_or_zero(highest))
+    shift, shift_block = (
+        finite_or_zero(m) - finite_or_zero(highest),
+        finite_or_zero(m_block) - finite_or_zero(highest),
+    )
     scale = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
     scale_block = tl.where(m_block == float("-inf"), 0.0, tl.exp(shift_block))
     t = (t + s * shift) * scale + (t_block + s_block * shift_block) * scale_block

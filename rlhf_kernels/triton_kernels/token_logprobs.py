@@ -156,7 +156,9 @@ def fwd(
         launch(_block_sums_kernel, (tokens.numel(), blocks), *arguments, *scalars, sums, warps=warps, **constants)
         warps = 1
     outputs = (logprobs, entropy if with_entropy else None, lse)
-    launch(_token_logprobs_fwd_kernel, (tokens.numel(),), *arguments, *scalars, sums, *outputs, warps=warps, **constants)
+    launch(
+        _token_logprobs_fwd_kernel, (tokens.numel(),), *arguments, *scalars, sums, *outputs, warps=warps, **constants
+    )
     return logprobs, entropy, lse
 
 
