@@ -157,6 +157,8 @@ def fused_ppo_loss_fwd(
         scores, old_logprobs, ref_logprobs, attention, old_values, mask, kl_coef, beta, gamma, lam, kl_estimator, whiten
     )
     logprobs, entropy, lse = token_logprobs_fwd(logits, tokens, mask, temperature, softcap, True)
+    # The mask's own count divides, which no logit can change: a token's gradient follows from its own row.
+    total = _normalizer(mask, normalizer, entropy.dtype)
     loss, stats, dlogprobs, dvalues = ppo_loss_fwd(
         logprobs,
         old_logprobs,
@@ -165,7 +167,7 @@ def fused_ppo_loss_fwd(
         old_values,
         returns,
         mask,
-        normalizer,
+        total,
         cliprange,
         cliprange_high,
         cliprange_value,
@@ -173,7 +175,6 @@ def fused_ppo_loss_fwd(
         dual_clip,
         with_grad,
     )
-    total = _normalizer(mask, normalizer, entropy.dtype)
     loss = loss - entropy_coef * entropy.sum() / total
     position = FusedPPOStats._fields.index("entropy")
     stats = torch.cat([stats[:position], _mean(entropy, mask)[None], stats[position:]])

@@ -16,7 +16,7 @@ Rows = tuple[Tensor, int, int]  # tensor, stride between outer places, stride be
 
 
 def rows(x: Tensor | None, trailing: int = 0) -> Rows | None:
-    """x as [outer, inner, *trailing]; inner is the last of the leading dimensions, a copy only if outer has no stride."""
+    """x as [outer, inner, *trailing], inner the last leading dimension; a copy only where outer has no one stride."""
     if x is None:
         return None
     leading = x.shape[: x.ndim - trailing]
@@ -212,14 +212,14 @@ def k3_derivative(difference):
 
 @triton.jit
 def policy_term(difference, advantage, low, high, dual_clip):
-    """Clipped loss, its derivative by the log-probability, log-ratio, ratio; dual_clip 0 means none."""
+    """Clipped loss, its derivative by the log-probability, log-ratio, ratio; dual_clip may be ∞."""
     log_ratio = clamped(difference, -20.0, 20.0)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
     clipped = -advantage * clamped(ratio, low, high)
     loss = tl.where((unclipped > clipped) | (unclipped != unclipped), unclipped, clipped)
     held = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
-    bounded = (dual_clip > 0) & (advantage < 0) & (ratio > dual_clip)
+    bounded = (advantage < 0) & (ratio > dual_clip)
     loss = tl.where(bounded, -dual_clip * advantage, loss)
     active = ~held & ~bounded & ((difference == log_ratio) | (difference != difference))
     return loss, tl.where(active, unclipped, 0.0), log_ratio, ratio
@@ -227,7 +227,7 @@ def policy_term(difference, advantage, low, high, dual_clip):
 
 @triton.jit
 def value_term(value, old_value, target, cliprange, CLIP: tl.constexpr):
-    """½ max((V − R)², (V_old + clip(V − V_old) − R)²), its derivative by V, and whether the clipped error was larger."""
+    """½ max((V − R)², (V_old + clip(V − V_old) − R)²), its derivative by V, whether the clipped error was larger."""
     error = value - target
     if CLIP:
         change = value - old_value

@@ -41,18 +41,29 @@ def load_token(tokens, mask, place, inner, V):
 
 
 @triton.jit
-def load_block(row, start, stride_v, V, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr):
+def load_block(row, start, stride_v, V, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, EVICT: tl.constexpr = ""):
     """BLOCK_V logits of a row from column `start`, −inf beyond its end."""
     v = start + tl.arange(0, BLOCK_V)
-    return tl.load(row + v.to(tl.int64) * stride_v, mask=v < V, other=float("-inf")).to(DTYPE)
+    place = row + v.to(tl.int64) * stride_v
+    return tl.load(place, mask=v < V, other=float("-inf"), eviction_policy=EVICT).to(DTYPE)
 
 
 @triton.jit
-def row_sums(row, stride_v, V, inverse_temperature, softcap, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, like):
+def row_sums(
+    row,
+    stride_v,
+    V,
+    inverse_temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    like,
+    EVICT: tl.constexpr = "",
+):
     """`block_sums` of a whole row, block by block in order: the same bits whether or not a row is split."""
     m, s, t = number(float("-inf"), like.dtype), number(0.0, like.dtype), number(0.0, like.dtype)
     for start in range(0, V, BLOCK_V):
-        x = load_block(row, start, stride_v, V, like.dtype, BLOCK_V)
+        x = load_block(row, start, stride_v, V, like.dtype, BLOCK_V, EVICT)
         m_block, s_block, t_block = block_sums(scaled(x, inverse_temperature, softcap, SOFTCAP))
         m, s, t = merge_sums(m, s, t, m_block, s_block, t_block)
     return m, s, t

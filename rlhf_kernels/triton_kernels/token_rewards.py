@@ -1,4 +1,4 @@
-"""token_rewards: one program a row; the first loop finds the attention's mass and the last place, the second pays out."""
+"""token_rewards: one program a row; a first loop finds the attention's mass and the last place, a second pays out."""
 
 import torch
 import triton
