@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend, checks, reference
+from .ppo_loss import needs_grad
 
 _triton = backend.import_triton("linear_logprobs")
 
@@ -19,9 +20,13 @@ def _fwd_fake(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_unit: bool,
+    memory_budget: int | None,
+    max_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs = hidden.new_empty(tokens.shape, dtype=reference.compute_dtype(hidden))
-    return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0), torch.empty_like(logprobs)
+    entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+    return logprobs, entropy, torch.empty_like(logprobs), hidden.new_empty(hidden.shape if with_unit else 0)
 
 
 def linear_grads_fake(
@@ -38,20 +43,21 @@ def linear_grads_fake(
 def _bwd_fake(
     hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_grads_fake(hidden, weight, bias, rest[-1])
+    return linear_grads_fake(hidden, weight, bias, rest[-3])
 
 
 _fwd = backend.register(
     "linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor tokens, Tensor? mask, Tensor? bias, float temperature, "
-    "float? softcap, bool with_entropy) -> (Tensor logprobs, Tensor entropy, Tensor lse)",
+    "float? softcap, bool with_entropy, bool with_unit, int? memory_budget, int? max_tokens) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor unit)",
     fake=_fwd_fake,
     torch_impl=reference.linear_logprobs_fwd,
     triton=_triton and _triton.fwd,
 )
 _bwd = backend.register(
     "linear_logprobs_bwd(Tensor hidden, Tensor weight, Tensor tokens, Tensor? mask, Tensor? bias, Tensor lse, "
-    "Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float? softcap, bool[3] needs) "
-    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float? softcap, bool[3] needs, "
+    "int? memory_budget, int? max_tokens) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_bwd_fake,
     torch_impl=reference.linear_logprobs_bwd,
     triton=_triton and _triton.bwd,
@@ -59,20 +65,32 @@ _bwd = backend.register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, tokens, mask, bias, ctx.temperature, ctx.softcap, ctx.with_entropy = inputs
-    _, entropy, lse = output
-    ctx.save_for_backward(hidden, weight, tokens, mask, bias, lse, entropy)
-    ctx.mark_non_differentiable(lse, *([] if ctx.with_entropy else [entropy]))
+    hidden, weight, tokens, mask, bias, ctx.temperature, ctx.softcap, with_entropy, ctx.with_unit, *ctx.limits = inputs
+    _, entropy, lse, unit = output
+    if ctx.with_unit:
+        ctx.save_for_backward(tokens, mask, unit)
+    else:
+        ctx.save_for_backward(hidden, weight, tokens, mask, bias, lse, entropy)
+    ctx.mark_non_differentiable(lse, unit, *([] if with_entropy else [entropy]))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    result: list[Tensor | None] = [None] * 8
+def _backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = [None] * 11
     if grad_logprobs is None and grad_entropy is None:
+        return tuple(result)
+    if ctx.with_unit:
+        # A row's gradient is its upstream gradient times what the forward pass has found: no product is left to do.
+        tokens, mask, unit = ctx.saved_tensors
+        assert grad_logprobs is not None
+        valid = reference.valid_tokens(tokens, mask)
+        result[0] = (unit * torch.where(valid, grad_logprobs, 0)[..., None]).to(unit.dtype)
         return tuple(result)
     positions = (0, 1, 4)
     needs = [ctx.needs_input_grad[position] for position in positions]
-    grads = _bwd(*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap, needs)
+    grads = _bwd(*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap, needs, *ctx.limits)
     for position, need, grad in zip(positions, needs, grads):
         result[position] = grad if need else None
     return tuple(result)
@@ -90,12 +108,19 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    memory_budget: int | None = None,
+    max_tokens: int | None = None,
 ) -> Tensor:
     """`token_logprobs(hidden @ weight.T + bias, tokens, mask)` with only a chunk of the logits in memory at a time.
+
+    Four matrix products forward and backward together; two, all in the forward pass, if only hidden needs a gradient.
 
     Args:
         hidden: [..., H] float. weight: [V, H], the language-model head. bias: [V] or None.
         tokens: [...] int64. mask: [...] bool. temperature, softcap: as in `token_logprobs`.
+        memory_budget: bytes that a chunk of logits may take; the backend's own choice unless given (2 GiB on a GPU).
+        max_tokens: no more than so many tokens count, so products are made for no more. A GPU cannot see the number
+            without waiting; the CPU does, and needs no hint. Where more count, it is an error (on a GPU: NaN).
 
     Returns:
         logprobs [...] in fp32 (fp64 for fp64 hidden), differentiable in hidden, weight and bias; the logits are kept
@@ -104,7 +129,9 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, a token that is not below V.
     """
-    return _linear_logprobs("linear_logprobs", hidden, weight, tokens, mask, bias, temperature, softcap, False)[0]
+    return _linear_logprobs(
+        "linear_logprobs", hidden, weight, tokens, mask, bias, temperature, softcap, False, memory_budget, max_tokens
+    )[0]
 
 
 def linear_logprobs_entropy(
@@ -116,6 +143,8 @@ def linear_logprobs_entropy(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    memory_budget: int | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprobs` and the entropy of each softmax in nats, from the same pass.
 
@@ -124,9 +153,19 @@ def linear_logprobs_entropy(
     Returns:
         (logprobs [...], entropy [...]) in fp32 (fp64 for fp64 hidden), both differentiable.
     """
-    return _linear_logprobs("linear_logprobs_entropy", hidden, weight, tokens, mask, bias, temperature, softcap, True)[
-        :2
-    ]
+    return _linear_logprobs(
+        "linear_logprobs_entropy",
+        hidden,
+        weight,
+        tokens,
+        mask,
+        bias,
+        temperature,
+        softcap,
+        True,
+        memory_budget,
+        max_tokens,
+    )[:2]
 
 
 def _linear_logprobs(
@@ -139,10 +178,17 @@ def _linear_logprobs(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    memory_budget: int | None,
+    max_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weight, bias, mask = check_linear(op, hidden, weight, tokens, mask, bias)
-    checks.positive(op, temperature=temperature, softcap=softcap)
-    return _fwd(hidden, weight, tokens, mask, bias, temperature, softcap, with_entropy)
+    checks.positive(op, temperature=temperature, softcap=softcap, memory_budget=memory_budget)
+    checks.not_negative(op, max_tokens=max_tokens)
+    # With a frozen head ∂logprob/∂hidden is ready before any upstream gradient is; an entropy would need a second one.
+    with_unit = needs_grad(hidden) and not needs_grad(weight, bias) and not with_entropy
+    return _fwd(
+        hidden, weight, tokens, mask, bias, temperature, softcap, with_entropy, with_unit, memory_budget, max_tokens
+    )
 
 
 def check_linear(

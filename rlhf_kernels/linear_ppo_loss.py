@@ -13,15 +13,15 @@ _triton = backend.import_triton("linear_ppo_loss")
 
 
 def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, needs = rest[4], rest[-1]
+    bias, needs = rest[4], rest[-3]
     return *loss_fake(hidden, len(LinearPPOStats._fields)), *linear_grads_fake(hidden, weight, bias, needs)
 
 
 _fwd = backend.register(
     "linear_ppo_loss_fwd(Tensor hidden, Tensor weight, Tensor tokens, Tensor old_logprobs, Tensor advantages, "
     "Tensor mask, Tensor? bias, Tensor? ref_logprobs, Tensor? normalizer, float temperature, float cliprange, "
-    "float cliprange_high, float? dual_clip, float entropy_coef, float kl_coef, bool[3] needs) "
-    "-> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "float cliprange_high, float? dual_clip, float entropy_coef, float kl_coef, bool[3] needs, "
+    "int? memory_budget, int? max_tokens) -> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
     torch_impl=reference_losses.linear_ppo_loss_fwd,
     triton=_triton and _triton.fwd,
@@ -46,6 +46,8 @@ def linear_ppo_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
+    memory_budget: int | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, LinearPPOStats]:
     """The policy part of `ppo_loss` on `linear_logprobs(hidden, weight, tokens)`, plus entropy and KL terms.
 
@@ -58,6 +60,7 @@ def linear_ppo_loss(
         hidden: [..., H] float. weight: [V, H]. bias: [V] or None. All three differentiable.
         tokens: [...] int64. old_logprobs, advantages: [...], constants. mask: [...] bool.
         ref_logprobs: [...] or None, for the KL term in the loss (k3, as in GRPO).
+        memory_budget, max_tokens: as in `linear_logprobs`.
         The other scalars are those of `ppo_loss` and `token_logprobs`.
 
     Returns:
@@ -74,7 +77,8 @@ def linear_ppo_loss(
         op, {"tokens": tokens}, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
     )
     checks.floating(op, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs)
-    checks.positive(op, temperature=temperature)
+    checks.positive(op, temperature=temperature, memory_budget=memory_budget)
+    checks.not_negative(op, max_tokens=max_tokens)
     high = check_clips(op, cliprange, cliprange_high, dual_clip)
     if ref_logprobs is None and kl_coef != 0:
         checks.fail(op, "ref_logprobs", f"be given for kl_coef {kl_coef}", None)
@@ -96,5 +100,7 @@ def linear_ppo_loss(
         entropy_coef,
         kl_coef,
         grads,
+        memory_budget,
+        max_tokens,
     )
     return loss, LinearPPOStats(*stats.unbind())

@@ -12,7 +12,7 @@ from .masked import masked_whiten
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "pos")
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: beyond it one token would be the whole batch
-_CHUNK_ELEMENTS = 1 << 24  # logits held at a time by the linear ops: 64 MiB in fp32
+MEMORY_BUDGET = 64 << 20  # bytes of logits held at a time by the linear ops
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -124,9 +124,22 @@ def counted_rows(hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(valid_tokens(tokens, mask)[..., None], hidden, 0).reshape(-1, hidden.shape[-1])
 
 
-def row_chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS // max(vocabulary, 1))
+def row_chunks(rows: Tensor, vocabulary: int, memory_budget: int | None) -> list[slice]:
+    row_bytes = vocabulary * compute_dtype(rows).itemsize
+    size, rows = max(1, (memory_budget or MEMORY_BUDGET) // max(row_bytes, 1)), rows.shape[0]
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def without_room(op: str, valid: Tensor, max_tokens: int | None) -> Tensor:
+    """Places that count beyond the first `max_tokens`: an error on the CPU; on a GPU the caller makes them NaN."""
+    if max_tokens is None:
+        return torch.zeros_like(valid)
+    missed = valid & (valid.reshape(-1).cumsum(0).view(valid.shape) > max_tokens)
+    if valid.device.type == "cpu" and missed.any():
+        raise ValueError(
+            f"{op}: max_tokens must be at least {int(valid.sum())}, the tokens that count, got {max_tokens}"
+        )
+    return missed
 
 
 def _rows(tensor: Tensor | None, part: slice) -> Tensor | None:
@@ -142,23 +155,31 @@ def linear_logprobs_fwd(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_unit: bool,
+    memory_budget: int | None,
+    max_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    missed = without_room("linear_logprobs", valid_tokens(tokens, mask), max_tokens)
     rows = counted_rows(hidden, tokens, mask)
     outputs = hidden.new_zeros(3, rows.shape[0], dtype=compute_dtype(hidden))
+    units = LinearGrads(hidden, rows, weight, bias, [with_unit, False, False])
     logprobs, entropy, lse = outputs.unbind()
-    for part in row_chunks(rows.shape[0], weight.shape[0]):
+    for part in row_chunks(rows, weight.shape[0], memory_budget):
         logits = project(rows[part], weight, bias)
-        a, b, c = token_logprobs_fwd(
-            logits, tokens.reshape(-1)[part], _rows(mask, part), temperature, softcap, with_entropy
-        )
+        chosen, chunk_mask = tokens.reshape(-1)[part], _rows(mask, part)
+        a, b, c = token_logprobs_fwd(logits, chosen, chunk_mask, temperature, softcap, with_entropy)
         logprobs[part], lse[part] = a, c
         if with_entropy:
             entropy[part] = b
+        if with_unit:
+            ones = torch.ones_like(a)
+            units.add(part, token_logprobs_bwd(logits, chosen, chunk_mask, c, b, ones, None, temperature, softcap))
     shape = tokens.shape
     return (
-        logprobs.clone().view(shape),
-        entropy.clone().view(shape) if with_entropy else entropy.new_empty(0),
+        logprobs.clone().view(shape).masked_fill(missed, torch.nan),
+        entropy.clone().view(shape).masked_fill(missed, torch.nan) if with_entropy else entropy.new_empty(0),
         lse.clone().view(shape),
+        units.result()[0],
     )
 
 
@@ -175,10 +196,12 @@ def linear_logprobs_bwd(
     temperature: float,
     softcap: float | None,
     needs: list[bool],
+    memory_budget: int | None,
+    max_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = counted_rows(hidden, tokens, mask)
     grads = LinearGrads(hidden, rows, weight, bias, needs)
-    for part in row_chunks(rows.shape[0], weight.shape[0]):
+    for part in row_chunks(rows, weight.shape[0], memory_budget):
         dlogits = token_logprobs_bwd(
             project(rows[part], weight, bias),
             tokens.reshape(-1)[part],

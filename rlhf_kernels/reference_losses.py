@@ -17,6 +17,7 @@ from .reference import (
     token_logprobs_bwd,
     token_logprobs_fwd,
     upcast,
+    without_room,
 )
 from .stats import FusedPPOStats, LinearPPOStats, PPOStats
 
@@ -25,7 +26,7 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
-def _normalizer(mask: Tensor, normalizer: Tensor | None, dtype: torch.dtype) -> Tensor:
+def normalizer_of(mask: Tensor, normalizer: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (mask.sum().clamp(min=1) if normalizer is None else normalizer).to(dtype)
 
 
@@ -115,7 +116,7 @@ def ppo_loss_fwd(
     )
     v, old_v, target = (upcast(x, logprobs) for x in (values, old_values, returns))
     value, dvalue, value_stats = _value_terms(v, old_v, target, counted, cliprange_value)
-    total = _normalizer(counted, normalizer, policy.dtype)
+    total = normalizer_of(counted, normalizer, policy.dtype)
     stats |= value_stats
     stats["policy_loss"], stats["value_loss"] = policy.sum() / total, value.sum() / total
     loss = stats["policy_loss"] + vf_coef * stats["value_loss"]
@@ -158,7 +159,7 @@ def fused_ppo_loss_fwd(
     )
     logprobs, entropy, lse = token_logprobs_fwd(logits, tokens, mask, temperature, softcap, True)
     # The mask's own count divides, which no logit can change: a token's gradient follows from its own row.
-    total = _normalizer(mask, normalizer, entropy.dtype)
+    total = normalizer_of(mask, normalizer, entropy.dtype)
     loss, stats, dlogprobs, dvalues = ppo_loss_fwd(
         logprobs,
         old_logprobs,
@@ -202,16 +203,19 @@ def linear_ppo_loss_fwd(
     entropy_coef: float,
     kl_coef: float,
     needs: list[bool],
+    memory_budget: int | None,
+    max_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mask = mask & (tokens >= 0)
+    missed = without_room("linear_ppo_loss", mask, max_tokens)
     flat = [x.reshape(-1) for x in (tokens, old_logprobs, advantages, mask)]
     flat_ref = None if ref_logprobs is None else ref_logprobs.reshape(-1)
     rows = counted_rows(hidden, tokens, mask)
     dtype = compute_dtype(hidden)
-    total = _normalizer(mask, normalizer, dtype)
+    total = torch.where(missed.any(), torch.nan, normalizer_of(mask, normalizer, dtype))
     all_logprobs, all_entropy = hidden.new_zeros(2, rows.shape[0], dtype=dtype)
     grads = LinearGrads(hidden, rows, weight, bias, needs)
-    for part in row_chunks(rows.shape[0], weight.shape[0]):
+    for part in row_chunks(rows, weight.shape[0], memory_budget):
         # A token's coefficient depends on its own log-probability only, so three products do forward and backward.
         logits = project(rows[part], weight, bias)
         chunk_tokens, chunk_old, chunk_advantages, chunk_mask = (x[part] for x in flat)

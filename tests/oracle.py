@@ -116,12 +116,24 @@ def evaluate(function, inputs, wrt, scalars, differentiable=None, grad_layout="c
     return [x.detach() for x in outputs], list(gradients), differentiable
 
 
-def compare(op, formula, inputs, *, wrt=(), dtype=torch.float64, layout="contiguous", rtol=1e-5, atol=1e-6, **scalars):
+def compare(
+    op,
+    formula,
+    inputs,
+    *,
+    wrt=(),
+    dtype=torch.float64,
+    layout="contiguous",
+    rtol=1e-5,
+    atol=1e-6,
+    products=False,
+    **scalars,
+):
     """Values and gradients of `op` against its formula in fp64 on the same rounded inputs.
 
     An element may be off by rtol · |exact| + atol (both times 1e-6 for fp64; a gradient in a narrow dtype may be off
     by its last place) plus twice the largest error that the formula itself makes in the op's compute dtype, which is
-    fp32 for narrow inputs.
+    fp32 for narrow inputs; for gradients that are matrix products (`products`) in the narrow dtype itself.
     """
     compute = torch.promote_types(dtype, torch.float32)
     if dtype == torch.float64:
@@ -134,6 +146,8 @@ def compare(op, formula, inputs, *, wrt=(), dtype=torch.float64, layout="contigu
     values, gradients, which = evaluate(op, given, wrt, scalars, grad_layout=layout)
     exact_values, exact_gradients, _ = evaluate(formula, cast(torch.float64), wrt, scalars, which)
     eager_values, eager_gradients, _ = evaluate(formula, cast(compute), wrt, scalars, which)
+    if products and dtype != compute:
+        _, eager_gradients, _ = evaluate(formula, cast(dtype), wrt, scalars, which)
     assert len(values) == len(exact_values)
     for i, triple in enumerate(zip(values, exact_values, eager_values)):
         assert triple[0].dtype == compute, f"output {i} is {triple[0].dtype}"

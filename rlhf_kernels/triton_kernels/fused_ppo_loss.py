@@ -30,14 +30,12 @@ from .token_logprobs import block_of, load_block, load_token, logit_gradient, lo
 def _ppo_rows_kernel(
     logits,
     stride_v,
-    inner_logits,
     tokens,
     mask,
     old_logprobs,
     advantages,
     ref_logprobs,
     inner,
-    index_ptr,
     V,
     inverse_temperature: tl.float64,
     softcap: tl.float64,
@@ -51,6 +49,7 @@ def _ppo_rows_kernel(
     PROGRAMS,
     logprobs_ptr,
     entropy_ptr,
+    lse_ptr,
     advantages_ptr,
     live_ptr,
     dlogits_ptr,
@@ -64,27 +63,24 @@ def _ppo_rows_kernel(
 ):
     """One row of logits: log-probability, entropy, clipped policy term, and the gradient while the row is in the cache.
 
-    index_ptr: the place of each row among the tokens, −1 for none. moments_ptr: of the raw advantages, to whiten them
-    and to divide by their number; without it and a normalizer nothing divides. live_ptr: whether a row has a gradient.
-    OVERWRITE: the gradient takes the place of the logits, in a dtype that may be narrower, so blocks go upwards.
+    Without old_logprobs the gradient is that of the log-probability. moments_ptr: of the raw advantages, to whiten
+    them and to divide by their number; without it and a normalizer nothing divides. live_ptr: whether a row has a
+    gradient. OVERWRITE: the gradient takes the place of the logits, in a dtype that may be narrower.
     """
-    row = tl.program_id(0)
+    place = tl.program_id(0)
     DTYPE: tl.constexpr = logprobs_ptr.dtype.element_ty
     zero = number(0.0, DTYPE)
-    place = row.to(tl.int64)
-    if index_ptr is not None:
-        place = tl.load(index_ptr + row)
-    token, valid, outside = load_token(tokens, mask, tl.maximum(place, 0), inner, V)
-    valid = valid & (place >= 0)
-    source = at_place(logits, row, inner_logits)
+    token, valid, outside = load_token(tokens, mask, place, inner, V)
+    source = at_place(logits, place, inner)
     scale, cap = number(inverse_temperature, DTYPE), number(softcap, DTYPE)
     logprob, entropy, lse, advantage, g, g_entropy = zero, zero, zero, zero, zero, zero
     if valid:
         m, s, t = row_sums(source, stride_v, V, scale, cap, SOFTCAP, BLOCK_V, zero, "evict_last" if GRADIENT else "")
         chosen = scaled(tl.load(source + token * stride_v).to(DTYPE), scale, cap, SOFTCAP)
         logprob, entropy, lse = logprob_entropy(chosen, m, s, t, outside)
-        advantage = tl.load(at_place(advantages, place, inner)).to(DTYPE)
         total = number(1.0, DTYPE)
+        if advantages is not None:
+            advantage = tl.load(at_place(advantages, place, inner)).to(DTYPE)
         if moments_ptr is not None:
             n, mean, inverse_deviation = batch_moments(moments_ptr, PROGRAMS, BLOCK_P)
             total = tl.maximum(n.to(DTYPE), 1.0)
@@ -93,25 +89,30 @@ def _ppo_rows_kernel(
         if normalizer_ptr is not None:
             total = tl.load(normalizer_ptr).to(DTYPE)
         if GRADIENT:
-            difference = log_difference(logprob, tl.load(at_place(old_logprobs, place, inner)).to(DTYPE))
-            low, high = 1.0 - number(cliprange, DTYPE), 1.0 + number(cliprange_high, DTYPE)
-            _, g, _, _ = policy_term(difference, advantage, low, high, number(dual_clip, DTYPE))
+            g = number(1.0, DTYPE)
+            if old_logprobs is not None:
+                difference = log_difference(logprob, tl.load(at_place(old_logprobs, place, inner)).to(DTYPE))
+                low, high = 1.0 - number(cliprange, DTYPE), 1.0 + number(cliprange_high, DTYPE)
+                _, g, _, _ = policy_term(difference, advantage, low, high, number(dual_clip, DTYPE))
+                g = tl.where(logprob == float("-inf"), 0.0, g)
             if ref_logprobs is not None:
                 ref_logprob = tl.load(at_place(ref_logprobs, place, inner)).to(DTYPE)
                 g += number(kl_coef, DTYPE) * k3_derivative(log_difference(logprob, ref_logprob))
-            g = tl.where(logprob == float("-inf"), 0.0, g) / total
+            g = g / total
             g_entropy = -number(entropy_coef, DTYPE) / total
-    if place >= 0:
-        tl.store(logprobs_ptr + place, logprob)
+    tl.store(logprobs_ptr + place, logprob)
+    if entropy_ptr is not None:
         tl.store(entropy_ptr + place, entropy)
-        if advantages_ptr is not None:
-            tl.store(advantages_ptr + place, advantage)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + place, lse)
+    if advantages_ptr is not None:
+        tl.store(advantages_ptr + place, advantage)
     if GRADIENT:
         # Not g != 0: a NaN has to show.
         dead = (g == 0) & (g_entropy == 0)
         if live_ptr is not None:
-            tl.store(live_ptr + row, tl.where(dead, 0, 1).to(tl.int8))
-        target = dlogits_ptr + row.to(tl.int64) * stride_gradient
+            tl.store(live_ptr + place, tl.where(dead, 0, 1).to(tl.int8))
+        target = dlogits_ptr + place.to(tl.int64) * stride_gradient
         blocks = tl.cdiv(V, BLOCK_V)
         for k in range(blocks):
             # Downwards: the end of the row was read last and is still in the cache.
@@ -124,6 +125,74 @@ def _ppo_rows_kernel(
             if OVERWRITE:
                 tl.debug_barrier()  # every thread has read its block before one of them writes there
             tl.store(target + v, dx.to(dlogits_ptr.dtype.element_ty), mask=v < V)
+
+
+def launch_rows(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    dlogits: Tensor | None,
+    *,
+    overwrite: bool = True,
+    old_logprobs: Tensor | None = None,
+    advantages: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    cliprange: float = 0.0,
+    cliprange_high: float = 0.0,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    normalizer: Tensor | None = None,
+    moments: Tensor | None = None,
+    whiten: bool = False,
+    lse: Tensor | None = None,
+    whitened: Tensor | None = None,
+    live: Tensor | None = None,
+) -> None:
+    """The one pass over the logits; the outputs are filled, the gradient (over the logits themselves?) if given."""
+    block, warps = block_of(logits)
+    programs = 0 if moments is None else moments.shape[1]
+    launch(
+        _ppo_rows_kernel,
+        (tokens.numel(),),
+        rows(logits, 1),
+        logits.stride(-1),
+        rows(tokens),
+        rows(mask),
+        rows(old_logprobs),
+        rows(advantages),
+        rows(ref_logprobs),
+        inner(tokens),
+        logits.shape[-1],
+        1 / temperature,
+        softcap or 0.0,
+        cliprange,
+        cliprange_high,
+        dual_clip or math.inf,
+        entropy_coef,
+        kl_coef,
+        normalizer,
+        moments,
+        programs,
+        logprobs,
+        entropy,
+        lse,
+        whitened,
+        live,
+        dlogits,
+        0 if dlogits is None else dlogits.stride(-2),
+        warps=warps,
+        WHITEN=whiten,
+        SOFTCAP=softcap is not None,
+        GRADIENT=dlogits is not None,
+        OVERWRITE=overwrite,
+        BLOCK_V=block,
+        BLOCK_P=power_of_2(programs, 16, MAX_PROGRAMS),
+    )
 
 
 def fwd(
@@ -174,44 +243,26 @@ def fwd(
     entropy, advantages = torch.empty_like(logprobs), torch.empty_like(logprobs)
     dlogits = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
     dvalues = values.new_empty(values.shape if with_grad else 0)
-    block, warps = block_of(logits)
-    launch(
-        _ppo_rows_kernel,
-        (tokens.numel(),),
-        rows(logits, 1),
-        logits.stride(-1),
-        inner(tokens),
-        rows(tokens),
-        rows(mask),
-        rows(old_logprobs),
-        rows(raw),
-        None,
-        inner(tokens),
-        None,
-        logits.shape[-1],
-        1 / temperature,
-        softcap or 0.0,
-        cliprange,
-        cliprange_high,
-        dual_clip or math.inf,
-        entropy_coef,
-        0.0,
-        normalizer,
-        moments,
-        moments.shape[1],
+    launch_rows(
+        logits,
+        tokens,
+        mask,
+        temperature,
+        softcap,
         logprobs,
         entropy,
-        advantages,
-        None,
         dlogits if with_grad else None,
-        logits.shape[-1],
-        warps=warps,
-        WHITEN=whiten,
-        SOFTCAP=softcap is not None,
-        GRADIENT=with_grad,
-        OVERWRITE=False,
-        BLOCK_V=block,
-        BLOCK_P=power_of_2(moments.shape[1], 16, MAX_PROGRAMS),
+        overwrite=False,
+        old_logprobs=old_logprobs,
+        advantages=raw,
+        cliprange=cliprange,
+        cliprange_high=cliprange_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        normalizer=normalizer,
+        moments=moments,
+        whiten=whiten,
+        whitened=advantages,
     )
     loss, stats = reduce_tokens(
         logprobs,
