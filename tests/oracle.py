@@ -179,6 +179,18 @@ def close(actual, expected, **tolerance):
     torch.testing.assert_close(actual, expected, **tolerance)
 
 
+def product_flops(function):
+    """Floating-point operations of the matrix products that a call really issues, backward passes included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    flops = 0
+    for event in profile.events():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            a, b = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+            flops += 2 * a[0] * a[1] * b[1]
+    return flops
+
+
 # ---------------------------------------------------------------------------------------------------------- formulas
 
 

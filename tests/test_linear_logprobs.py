@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import hypothesis.strategies as st
@@ -165,3 +166,82 @@ def test_batch_makes_no_difference(backend_name, rows, columns, left, right, see
         close(oracle.restore(a, order, left, right), b, rtol=1e-10, atol=1e-12)
     for a, b in zip(gradients[1:], expected_gradients[1:]):
         close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def products(given, wrt, op=rk.linear_logprobs, **scalars):
+    """Matrix products of all live rows in the forward and in the backward pass, for the gradients in `wrt`."""
+    leaves = {name: x.detach().requires_grad_() if name in wrt else x for name, x in given.items()}
+    kept = []
+    forward = oracle.product_flops(lambda: kept.append(op(**leaves, **scalars)))
+    output = sum(x.sum() for x in oracle.flatten(kept) if x.requires_grad)
+    backward = oracle.product_flops(output.backward) if wrt else 0
+    one = 2 * int(given["mask"].sum()) * given["weight"].numel()
+    return forward / one, backward / one
+
+
+@pytest.mark.parametrize("budget", (None, 4 * 64 * 130), ids=("whole", "chunks"))
+def test_number_of_products(budget):
+    """4 for everything; with a frozen head 2, all in the forward pass; an entropy takes the forward pass again."""
+    given = inputs((20, 20), 8, 64, bias=False)
+    with oracle.on_backend("triton", *OPS):
+        scalars = {"memory_budget": budget}
+        assert products(given, (), **scalars) == (1, 0)
+        assert products(given, ("hidden", "weight"), **scalars) == (1, 3)
+        assert products(given, ("hidden",), **scalars) == (2, 0)
+        assert products(given, ("weight",), **scalars) == (1, 2)
+        assert products(given, ("hidden",), rk.linear_logprobs_entropy, **scalars) == (1, 2)
+
+
+def test_frozen_head_gives_the_same_gradient(backend_name):
+    given = inputs((3, 5), 8, 7)
+    for scalars in ({}, {"temperature": 0.7, "softcap": 2.0}):
+        alone = oracle.evaluate(rk.linear_logprobs, given, ("hidden",), scalars)
+        together = oracle.evaluate(rk.linear_logprobs, given, WRT, scalars)
+        close(alone[0][0], together[0][0], rtol=1e-12, atol=1e-14)
+        close(alone[1][0], together[1][0], rtol=1e-12, atol=1e-14)
+        assert (alone[1][0][~given["mask"]] == 0).all()
+
+
+def test_max_tokens(backend_name):
+    """A bound that is kept changes nothing; one that is not kept is an error where the host can see it."""
+    given = inputs((3, 5), 8, 7)
+    count = int(given["mask"].sum())
+    expected = oracle.evaluate(rk.linear_logprobs_entropy, given, WRT, {})
+    for bound in (count, count + 1, 100):
+        actual = oracle.evaluate(rk.linear_logprobs_entropy, given, WRT, {"max_tokens": bound})
+        for a, b in zip(actual[0] + actual[1], expected[0] + expected[1]):
+            close(a, b, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=rf"^linear_logprobs: max_tokens must be at least {count}, the tokens that co"):
+        rk.linear_logprobs(**given, max_tokens=count - 1)
+    with pytest.raises(ValueError, match=r"^linear_logprobs: max_tokens must be at least 0, got -1$"):
+        rk.linear_logprobs(**given, max_tokens=-1)
+    with pytest.raises(ValueError, match=r"^linear_logprobs: memory_budget must be greater than 0, got 0$"):
+        rk.linear_logprobs(**given, memory_budget=0)
+
+
+def test_rows_that_a_gpu_cannot_count(monkeypatch):
+    """Without the host's count the products take max_tokens rows, and what finds no room is NaN."""
+    if not rk.backend.has("linear_logprobs", "triton", "cpu"):
+        pytest.skip("no triton kernel for linear_logprobs on cpu")
+    module = importlib.import_module("rlhf_kernels.triton_kernels.linear_logprobs")
+    monkeypatch.setattr(module, "host_count", lambda flags: None)
+    given = inputs((4, 5), 8, 7)
+    given["mask"][0] = True
+    count = int(given["mask"].sum())
+    expected = oracle.evaluate(rk.linear_logprobs, given, WRT, {})
+    with rk.use_backend("triton"):
+        for bound in (None, count):
+            scalars = {} if bound is None else {"max_tokens": bound}
+            actual = oracle.evaluate(rk.linear_logprobs, given, WRT, scalars)
+            for a, b in zip(actual[0] + actual[1], expected[0] + expected[1]):
+                close(a, b, rtol=1e-12, atol=1e-14)
+            rows = 20 if bound is None else bound
+            assert products(given, (), **scalars) == (rows / count, 0)
+        monkeypatch.setattr(
+            module, "without_room", lambda op, valid, most: valid & (valid.flatten().cumsum(0).view(4, 5) > most)
+        )
+        crowded = rk.linear_logprobs(**given, max_tokens=count - 2)
+    missed = given["mask"].flatten().nonzero().flatten()[-2:]
+    assert crowded.flatten()[missed].isnan().all()
+    kept = torch.ones(20, dtype=torch.bool).index_fill(0, missed, False)
+    close(crowded.flatten()[kept], expected[0][0].flatten()[kept], rtol=1e-12)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import oracle
 import rlhf_kernels as rk
 from oracle import close, compare
+from test_linear_logprobs import products
 
 OPS = ("linear_ppo_loss",)
 WRT = ("hidden", "weight", "bias")
@@ -193,3 +194,45 @@ def test_gradcheck(backend_name):
         return rk.linear_ppo_loss(**given | dict(zip(WRT, tensors)), **SCALARS)[0]
 
     assert torch.autograd.gradcheck(op, [given[name].requires_grad_() for name in WRT])
+
+
+@pytest.mark.parametrize("budget", (None, 4 * 64 * 130), ids=("whole", "chunks"))
+def test_number_of_products(budget):
+    """3 forward and backward together, 2 with a frozen head, none left for the backward pass."""
+    given = {name: x for name, x in inputs((20, 20), 8, 64).items() if name != "bias"}
+    with oracle.on_backend("triton", *OPS):
+        scalars = {**SCALARS, "memory_budget": budget}
+        assert products(given, (), rk.linear_ppo_loss, **scalars) == (1, 0)
+        assert products(given, ("hidden", "weight"), rk.linear_ppo_loss, **scalars) == (3, 0)
+        assert products(given, ("hidden",), rk.linear_ppo_loss, **scalars) == (2, 0)
+
+
+def test_rows_without_a_gradient_are_left_out():
+    """Zero advantages and held ratios: their rows are in the logits' product and in no other."""
+    given = {name: x for name, x in inputs((4, 25), 8, 64, "all").items() if name not in ("bias", "ref_logprobs")}
+    logprobs = oracle.token_logprobs(F.linear(given["hidden"], given["weight"]), given["tokens"])
+    given["advantages"] = torch.ones(4, 25, dtype=torch.float64)
+    given["advantages"][:, 20:] = 0
+    given["old_logprobs"] = logprobs.clone()
+    given["old_logprobs"][0] -= 1  # ratio e, held at 1.2
+    moving = 3 * 20
+    with oracle.on_backend("triton", *OPS):
+        expected = 1 + 2 * moving / 100
+        assert products(given, ("hidden", "weight"), rk.linear_ppo_loss) == (expected, 0)
+        actual = oracle.evaluate(rk.linear_ppo_loss, given, WRT[:2], {})
+    exact = oracle.evaluate(formula, given, WRT[:2], {}, actual[2])
+    for a, b in zip(actual[0] + actual[1], exact[0] + exact[1]):
+        close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_max_tokens(backend_name):
+    given = inputs((3, 5), 8, 7)
+    count = int(given["mask"].sum())
+    expected = oracle.evaluate(rk.linear_ppo_loss, given, WRT, SCALARS)
+    actual = oracle.evaluate(rk.linear_ppo_loss, given, WRT, {**SCALARS, "max_tokens": count})
+    for a, b in zip(actual[0] + actual[1], expected[0] + expected[1]):
+        close(a, b, rtol=1e-12, atol=1e-14)
+    with pytest.raises(
+        ValueError, match=rf"^linear_ppo_loss: max_tokens must be at least {count}, the tokens that cou"
+    ):
+        rk.linear_ppo_loss(**given, max_tokens=count - 1)
