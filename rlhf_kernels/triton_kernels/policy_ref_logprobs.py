@@ -18,7 +18,7 @@ def pair_sums(
     numbers cancel in KL(p ‖ q)."""
     zero, low = number(0.0, like.dtype), number(float("-inf"), like.dtype)
     m, s, t, m_q, s_q, gap = low, zero, zero, low, zero, zero
-    for start in range(0, V, BLOCK_V):
+    for start in tl.range(0, V, BLOCK_V, num_stages=3):
         z = load_block(row, start, stride_v, V, like.dtype, BLOCK_V, EVICT) * scale
         z_q = load_block(other_row, start, other_stride_v, V, like.dtype, BLOCK_V, EVICT) * scale
         m_block, m_q_block = tl.max(z, 0), tl.max(z_q, 0)

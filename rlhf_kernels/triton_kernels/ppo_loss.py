@@ -101,7 +101,7 @@ def _ppo_loss_fwd_kernel(
     low, high = 1.0 - number(cliprange, DTYPE), 1.0 + number(cliprange_high, DTYPE)
     dual, clip_value = number(dual_clip, DTYPE), number(cliprange_value, DTYPE)
     zero = number(0.0, DTYPE)
-    first = program.to(tl.int64) * TILES * BLOCK
+    first = program * TILES * BLOCK
     count, masked, policy, squares, above, below, ratios, highest = zero, zero, zero, zero, zero, zero, zero, zero
     value_sum, value_clips, entropies, kls = zero, zero, zero, zero
     residual_mean, residual_m2, return_mean, return_m2 = zero, zero, zero, zero
@@ -109,7 +109,7 @@ def _ppo_loss_fwd_kernel(
         for tile in range(TILES):
             place = first + tile * BLOCK + tl.arange(0, BLOCK)
             valid = _load_mask(mask, tokens, place, inner, N)
-            loss, _, log_ratio, ratio, advantage, logprob, counted = policy_at(
+            loss, derivative, log_ratio, ratio, advantage, logprob, counted = policy_at(
                 logprobs, old_logprobs, advantages, place, inner, valid, low, high, dual, DTYPE
             )
             policy += tl.sum(loss, 0)
@@ -123,13 +123,13 @@ def _ppo_loss_fwd_kernel(
                 value = _load(values, place, inner, counted, DTYPE)
                 old_value = _load(old_values, place, inner, counted, DTYPE)
                 target = _load(returns, place, inner, counted, DTYPE)
-                loss, _, clipped = value_term(value, old_value, target, clip_value, CLIP_VALUE)
+                loss, derivative, clipped = value_term(value, old_value, target, clip_value, CLIP_VALUE)
                 value_sum += tl.sum(tl.where(counted, loss, 0.0), 0)
                 value_clips += tl.sum((counted & clipped).to(DTYPE), 0)
                 n_tile, mean, m2 = block_moments(target - value, counted)
-                _, residual_mean, residual_m2 = merge_moments(count, residual_mean, residual_m2, n_tile, mean, m2)
-                _, mean, m2 = block_moments(target, counted)
-                _, return_mean, return_m2 = merge_moments(count, return_mean, return_m2, n_tile, mean, m2)
+                n_sum, residual_mean, residual_m2 = merge_moments(count, residual_mean, residual_m2, n_tile, mean, m2)
+                n_tile, mean, m2 = block_moments(target, counted)
+                n_sum, return_mean, return_m2 = merge_moments(count, return_mean, return_m2, n_tile, mean, m2)
             if entropy is not None:
                 entropies += tl.sum(_load(entropy, place, inner, valid, DTYPE), 0)
             if ref_logprobs is not None:
@@ -172,7 +172,7 @@ def _ppo_loss_fwd_kernel(
         entropies = tl.sum(tl.load(partial + 10 * PROGRAMS, mask=there, other=0.0), 0)
         kls = tl.sum(tl.load(partial + 11 * PROGRAMS, mask=there, other=0.0), 0)
         means, m2s = tl.load(partial + 12 * PROGRAMS, mask=there, other=0.0), partial + 13 * PROGRAMS
-        _, _, residual_m2 = all_moments(counts, means, tl.load(m2s, mask=there, other=0.0))
+        count, _, residual_m2 = all_moments(counts, means, tl.load(m2s, mask=there, other=0.0))
         means, m2s = tl.load(partial + 14 * PROGRAMS, mask=there, other=0.0), partial + 15 * PROGRAMS
         count, _, return_m2 = all_moments(counts, means, tl.load(m2s, mask=there, other=0.0))
     if GRADIENT:
@@ -185,7 +185,7 @@ def _ppo_loss_fwd_kernel(
             for tile in range(TILES):
                 place = first + tile * BLOCK + tl.arange(0, BLOCK)
                 valid = _load_mask(mask, tokens, place, inner, N)
-                _, derivative, _, _, _, _, counted = policy_at(
+                loss, derivative, log_ratio, ratio, advantage, logprob, counted = policy_at(
                     logprobs, old_logprobs, advantages, place, inner, valid, low, high, dual, DTYPE
                 )
                 if dlogprobs_ptr is not None:
@@ -195,26 +195,26 @@ def _ppo_loss_fwd_kernel(
                     value = _load(values, place, inner, counted, DTYPE)
                     old_value = _load(old_values, place, inner, counted, DTYPE)
                     target = _load(returns, place, inner, counted, DTYPE)
-                    _, derivative, _ = value_term(value, old_value, target, clip_value, CLIP_VALUE)
+                    loss, derivative, clipped = value_term(value, old_value, target, clip_value, CLIP_VALUE)
                     gradient = tl.where(counted, number(vf_coef, DTYPE) * derivative / total, 0.0)
                     tl.store(dvalues_ptr + place, gradient.to(dvalues_ptr.dtype.element_ty), mask=place < N)
         if program == 0:
-            loss = policy / total
+            whole = policy / total
             tl.store(stats_ptr, policy / total)
             stat = stats_ptr + 1
             if values is not None:
-                loss += number(vf_coef, DTYPE) * (value_sum / total)
+                whole += number(vf_coef, DTYPE) * (value_sum / total)
                 tl.store(stat, value_sum / total)
                 stat += 1
             if entropy is not None:
-                loss -= number(entropy_coef, DTYPE) * entropies / total
+                whole -= number(entropy_coef, DTYPE) * entropies / total
                 tl.store(stat, entropies / n_masked)
                 stat += 1
             if KL:
-                loss += number(kl_coef, DTYPE) * kls / total
+                whole += number(kl_coef, DTYPE) * kls / total
                 tl.store(stat, kls / n)
                 stat += 1
-            tl.store(loss_ptr, loss)
+            tl.store(loss_ptr, whole)
             tl.store(stat, 0.5 * squares / n)
             tl.store(stat + 1, above / n)
             tl.store(stat + 2, below / n)

@@ -98,7 +98,7 @@ def batch_moments(moments_ptr, PROGRAMS, BLOCK_P: tl.constexpr):
 @triton.jit
 def _whiten_kernel(advantages_ptr, mask, inner, N, moments_ptr, PROGRAMS, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
     _, mean, scale = batch_moments(moments_ptr, PROGRAMS, BLOCK_P)
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(at_place(mask, place, inner), mask=place < N, other=0) != 0
     advantage = tl.load(advantages_ptr + place, mask=valid, other=0.0)
     tl.store(advantages_ptr + place, (advantage - mean) * scale, mask=valid)

@@ -21,13 +21,13 @@ from .common import (
 )
 
 FEW_ROWS = 256  # below this the rows alone do not fill a GPU
-BLOCK_BYTES = 16384  # of a row at a time: 8 warps with four 16-byte loads a thread
+MAX_BLOCK_V = 4096  # of a row at a time: with 8 warps 16 values a thread, so four programs share a multiprocessor
 
 
 def block_of(logits: Tensor) -> tuple[int, int]:
     """BLOCK_V and the number of warps for these logits."""
-    block = power_of_2(logits.shape[-1], 128, BLOCK_BYTES // logits.element_size())
-    return block, max(1, block * logits.element_size() // 2048)
+    block = power_of_2(logits.shape[-1], 128, MAX_BLOCK_V)
+    return block, max(1, block // 512)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def row_sums(
 ):
     """`block_sums` of a whole row, block by block in order: the same bits whether or not a row is split."""
     m, s, t = number(float("-inf"), like.dtype), number(0.0, like.dtype), number(0.0, like.dtype)
-    for start in range(0, V, BLOCK_V):
+    for start in tl.range(0, V, BLOCK_V, num_stages=3):  # two blocks are on their way while one is summed
         x = load_block(row, start, stride_v, V, like.dtype, BLOCK_V, EVICT)
         m_block, s_block, t_block = block_sums(scaled(x, inverse_temperature, softcap, SOFTCAP))
         m, s, t = merge_sums(m, s, t, m_block, s_block, t_block)
