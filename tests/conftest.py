@@ -11,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():  # read when a kernel is defined; the triton backend then takes CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        import triton_interpreter  # noqa: F401
 
 from oracle import BACKENDS, on_backend
 
@@ -19,18 +21,6 @@ pytest_plugins = ["pipeline_fixtures"]
 # A kernel that leaves part of an output unwritten then shows NaN, not yesterday's right answer. C++'s at::empty too.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-
-if importlib.util.find_spec("triton"):  # its interpreter truncates fp32 to bf16, where a GPU rounds to nearest
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(x, source, target, mode):
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(x, source, target, mode)
-        return torch.from_numpy(x.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
-
-    interpreter._convert_float = rounded
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; OpenMP threads that wait spin
     torch.set_num_threads(1)

@@ -127,9 +127,9 @@ def _ppo_loss_fwd_kernel(
                 value_sum += tl.sum(tl.where(counted, loss, 0.0), 0)
                 value_clips += tl.sum((counted & clipped).to(DTYPE), 0)
                 n_tile, mean, m2 = block_moments(target - value, counted)
-                n_sum, residual_mean, residual_m2 = merge_moments(count, residual_mean, residual_m2, n_tile, mean, m2)
+                _n, residual_mean, residual_m2 = merge_moments(count, residual_mean, residual_m2, n_tile, mean, m2)
                 n_tile, mean, m2 = block_moments(target, counted)
-                n_sum, return_mean, return_m2 = merge_moments(count, return_mean, return_m2, n_tile, mean, m2)
+                _n, return_mean, return_m2 = merge_moments(count, return_mean, return_m2, n_tile, mean, m2)
             if entropy is not None:
                 entropies += tl.sum(_load(entropy, place, inner, valid, DTYPE), 0)
             if ref_logprobs is not None:
