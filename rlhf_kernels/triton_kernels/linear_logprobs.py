@@ -41,7 +41,7 @@ class LiveRows(NamedTuple):
     A GPU's products need a size that the host knows, so without `max_tokens` they take every row there.
     """
 
-    index: Tensor  # [C] place of each row, −1 for none
+    places: Tensor  # [C] place of each row, −1 for none
     hidden: Tensor  # [C, H]
     tokens: Tensor  # [C], −1 for none
     missed: Tensor  # [...] bool: counts, but found no room
@@ -68,12 +68,12 @@ class LiveRows(NamedTuple):
         return result._replace(tokens=torch.where(index < 0, -1, result.gather(tokens)))
 
     def gather(self, x: Tensor) -> Tensor:
-        """Per-token values in the order of the rows; any value where the index is −1."""
-        return x.reshape(-1)[self.index.clamp(min=0)]
+        """Per-token values in the order of the rows; any value where the place is −1."""
+        return x.reshape(-1)[self.places.clamp(min=0)]
 
     def scatter(self, compact: Tensor) -> Tensor:
         """Per-token results back in their places: 0 where nothing counts, NaN where a token found no room."""
-        places = torch.where(self.index < 0, self.missed.numel(), self.index)
+        places = torch.where(self.places < 0, self.missed.numel(), self.places)
         out = compact.new_zeros(self.missed.numel() + 1).index_copy_(0, places, compact)
         return torch.where(self.missed, torch.nan, out[:-1].view(self.missed.shape))
 
@@ -81,11 +81,11 @@ class LiveRows(NamedTuple):
         """[n, H] rows to their places in out [..., H]."""
         block = power_of_2(compact.shape[-1], 16, 4096)
         grid = (compact.shape[0], triton.cdiv(compact.shape[-1], block))
-        launch(_scatter_rows_kernel, grid, compact, self.index[part], compact.shape[-1], out, BLOCK_H=block)
+        launch(_scatter_rows_kernel, grid, compact, self.places[part], compact.shape[-1], out, BLOCK_H=block)
 
     def chunks(self, vocabulary: int, memory_budget: int | None) -> list[slice]:
         """Chunks of equal size whose logits fit the budget, a multiple of 128 rows for the sake of the products."""
-        n = len(self.index)
+        n = len(self.places)
         most = max((memory_budget or MEMORY_BUDGET) // (vocabulary * compute_dtype(self.hidden).itemsize), 1)
         size = triton.cdiv(n, triton.cdiv(n, most)) if n else 1
         size = min(triton.cdiv(size, 128) * 128, most)
@@ -177,7 +177,7 @@ def fwd(
     check_range("token_logprobs", tokens, valid_tokens(tokens, mask), weight.shape[0])
     live = LiveRows.of("linear_logprobs", hidden, tokens, mask, max_tokens)
     chunks = live.chunks(weight.shape[0], memory_budget)
-    outputs = hidden.new_empty(3, len(live.index), dtype=compute_dtype(hidden))
+    outputs = hidden.new_empty(3, len(live.places), dtype=compute_dtype(hidden))
     unit = torch.zeros(hidden.shape if with_unit else 0, dtype=hidden.dtype, device=hidden.device)
     chunk = Chunk(weight, bias, chunks[0].stop if chunks else 0)
     for part in chunks:

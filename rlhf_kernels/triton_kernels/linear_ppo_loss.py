@@ -39,8 +39,8 @@ def fwd(
     total = torch.where(live.missed.any(), torch.nan, total)
     old, advantage = live.gather(old_logprobs), live.gather(advantages)
     ref = None if ref_logprobs is None else live.gather(ref_logprobs)
-    logprobs, entropy = hidden.new_empty(2, len(live.index), dtype=compute_dtype(hidden)).unbind()
-    nonzero = torch.empty(len(live.index), dtype=torch.int8, device=hidden.device)
+    logprobs, entropy = hidden.new_empty(2, len(live.places), dtype=compute_dtype(hidden)).unbind()
+    nonzero = torch.empty(len(live.places), dtype=torch.int8, device=hidden.device)
     grads = LinearGrads(live, hidden, weight, bias, needs, len(chunks))
     chunk = Chunk(weight, bias, chunks[0].stop if chunks else 0)
     for part in chunks:
