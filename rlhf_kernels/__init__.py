@@ -14,6 +14,7 @@ from .gae import gae
 from .group_advantages import group_advantages
 from .linear_logprobs import linear_logprobs, linear_logprobs_entropy
 from .linear_ppo_loss import linear_ppo_loss
+from .linear_rrhf_loss import linear_rrhf_loss
 from .masked import masked_mean, masked_whiten
 from .policy_ref_logprobs import policy_ref_logprobs
 from .ppo_loss import ppo_loss
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022 - in data-flow order
     "fused_ppo_loss",
     "linear_ppo_loss",
     "rrhf_loss",
+    "linear_rrhf_loss",
     "rm_pairwise_loss",
     "rm_listwise_loss",
     "rm_regression_loss",

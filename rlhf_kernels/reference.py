@@ -126,8 +126,8 @@ def counted_rows(hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 def row_chunks(rows: Tensor, vocabulary: int, memory_budget: int | None) -> list[slice]:
     row_bytes = vocabulary * compute_dtype(rows).itemsize
-    size, rows = max(1, (memory_budget or MEMORY_BUDGET) // max(row_bytes, 1)), rows.shape[0]
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    size, n = max(1, (memory_budget or MEMORY_BUDGET) // max(row_bytes, 1)), rows.shape[0]
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def without_room(op: str, valid: Tensor, max_tokens: int | None) -> Tensor:

@@ -10,6 +10,8 @@ from .reference import (
     counted_rows,
     group_sum,
     kl_estimate,
+    linear_logprobs_bwd,
+    linear_logprobs_fwd,
     log_difference,
     project,
     rollout_advantages,
@@ -287,6 +289,54 @@ def rrhf_loss_fwd(
     dp = (wrong.sum(1) - wrong.sum(0)).to(p.dtype)
     dsummed = (rank_coef * dp * scale - sft_coef * best.to(p.dtype)) / count
     return loss, stats, torch.where(mask, dsummed[:, None], 0).to(logprobs.dtype)
+
+
+def split_groups(op: str, prompts: Tensor, group_size: int | None) -> Tensor:
+    """Whether a block of `group_size` responses is not exactly one prompt: an error on the CPU."""
+    if group_size is None:
+        return torch.zeros((), dtype=torch.bool, device=prompts.device)
+    blocks = prompts.view(-1, group_size)
+    first = blocks[:, 0].sort().values
+    broken = (blocks != blocks[:, :1]).any() | (first[1:] == first[:-1]).any()
+    if prompts.device.type == "cpu" and broken:
+        wanted = f"be blocks of group_size {group_size} equal ids, each id in one block"
+        raise ValueError(f"{op}: prompts must {wanted}, got {prompts.tolist()[:16]}")
+    return broken
+
+
+def linear_rrhf_loss_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    prompts: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    rank_coef: float,
+    sft_coef: float,
+    length_power: float,
+    needs: list[bool],
+    group_size: int | None,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    broken = split_groups("linear_rrhf_loss", prompts, group_size)
+    limits = (memory_budget, None)
+    valid = mask & (tokens >= 0)
+    logprobs, entropy, lse, _ = linear_logprobs_fwd(
+        hidden, weight, tokens, mask, bias, temperature, None, False, False, *limits
+    )
+    loss, stats, dlogprobs = rrhf_loss_fwd(
+        logprobs, scores, prompts, valid, rank_coef, sft_coef, length_power, any(needs)
+    )
+    if any(needs):
+        upstream = torch.where(broken, torch.nan, dlogprobs)
+        grads = linear_logprobs_bwd(
+            hidden, weight, tokens, mask, bias, lse, entropy, upstream, None, temperature, None, needs, *limits
+        )
+    else:
+        grads = LinearGrads(hidden, counted_rows(hidden, tokens, mask), weight, bias, needs).result()
+    return torch.where(broken, torch.nan, loss), stats, *grads
 
 
 # ------------------------------------------------------------------------------------------------------- reward model

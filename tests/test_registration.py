@@ -18,6 +18,7 @@ import test_gae
 import test_group_advantages
 import test_linear_logprobs
 import test_linear_ppo_loss
+import test_linear_rrhf_loss
 import test_policy_ref_logprobs
 import test_ppo_loss
 import test_rm_losses
@@ -121,6 +122,15 @@ def cases(rows=4, columns=5, vocabulary=7):
             Case("linear_ppo_loss", without(linear_ppo, "bias", "ref_logprobs"), head[1:2], {"normalizer": 12.0}),
         ],
         "rrhf_loss": [Case("rrhf_loss", test_rrhf_loss.inputs(rows, columns, 2), ("logprobs",))],
+        "linear_rrhf_loss": [
+            Case("linear_rrhf_loss", test_linear_rrhf_loss.inputs(rows, columns, 2, 8, vocabulary), head),
+            Case(
+                "linear_rrhf_loss",
+                without(test_linear_rrhf_loss.inputs(rows, columns, 2, 8, vocabulary), "bias"),
+                head[:1],
+                {"length_power": 0.5, "temperature": 0.7},
+            ),
+        ],
         "rm_pairwise_loss": [
             Case("rm_pairwise_loss", pairs, ("scores",), {"center_coef": 0.01}),
             Case("rm_pairwise_loss", without(pairs, "prompts", "margin"), ("scores",)),
@@ -412,6 +422,7 @@ STATS = {
     "ratio_max explained_variance tokens",
     "linear_ppo_loss": "policy_loss entropy kl approx_kl clipfrac_high clipfrac_low ratio_mean ratio_max tokens",
     "rrhf_loss": "rank_loss sft_loss accuracy prompts",
+    "linear_rrhf_loss": "rank_loss sft_loss accuracy prompts",
     "rm_pairwise_loss": "accuracy margin chosen_score rejected_score",
     "rm_listwise_loss": "accuracy top1_accuracy",
     "rm_regression_loss": "correlation bias",

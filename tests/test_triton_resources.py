@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-resources = pytest.importorskip("benchmarks.triton_resources")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+from benchmarks import triton_resources as resources
 
 FOLDER = Path(__file__).parents[1]
 FILES = [

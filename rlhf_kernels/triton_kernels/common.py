@@ -31,12 +31,17 @@ def inner(x: Tensor) -> int:
     return max(x.shape[-1], 1) if x.ndim else 1
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **constants: Any) -> None:
-    """Run on the first tensor's device and its current stream; an empty grid is nothing to do."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, registers: int | None = None, **constants: Any
+) -> None:
+    """Run on the first tensor's device and its current stream; an empty grid is nothing to do.
+
+    registers: how many a thread may have, where the assembler would spill some to fit one more program.
+    """
     first = next(x[0] if isinstance(x, tuple) else x for x in arguments if isinstance(x, (tuple, Tensor)))
     if all(grid):
         with torch.cuda.device_of(first):
-            kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
+            kernel[grid](*arguments, **constants, num_warps=warps, maxnreg=registers, enable_fp_fusion=True)
 
 
 def power_of_2(n: int, low: int, high: int) -> int:

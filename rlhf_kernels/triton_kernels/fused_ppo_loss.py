@@ -186,6 +186,7 @@ def launch_rows(
         dlogits,
         0 if dlogits is None else dlogits.stride(-2),
         warps=warps,
+        registers=128 if logprobs.dtype == torch.float32 else None,
         WHITEN=whiten,
         SOFTCAP=softcap is not None,
         GRADIENT=dlogits is not None,

@@ -14,7 +14,7 @@ MAX_BLOCK_T = 2048
 def block_of(columns: int) -> tuple[int, int]:
     """BLOCK_T and the number of warps for rows of this length."""
     block = power_of_2(columns, 32, MAX_BLOCK_T)
-    return block, max(1, block // 256)
+    return block, max(1, block // 128)
 
 
 @triton.jit

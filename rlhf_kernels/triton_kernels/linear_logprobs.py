@@ -241,6 +241,39 @@ def _linear_logprobs_bwd_kernel(
         tl.store(dlogits_ptr + row * stride_gradient + v, dx.to(dlogits_ptr.dtype.element_ty), mask=v < V)
 
 
+def launch_gradient(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    softcap: float | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    dlogits: Tensor,
+) -> None:
+    """The gradient of [n, V] logits over themselves; per-row tensors are contiguous [n]."""
+    block, warps = block_of(logits)
+    launch(
+        _linear_logprobs_bwd_kernel,
+        (logits.shape[0],),
+        logits,
+        tokens,
+        logits.shape[1],
+        1 / temperature,
+        softcap or 0.0,
+        lse,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        dlogits,
+        dlogits.stride(0),
+        warps=warps,
+        SOFTCAP=softcap is not None,
+        BLOCK_V=block,
+    )
+
+
 def bwd(
     hidden: Tensor,
     weight: Tensor,
@@ -261,27 +294,13 @@ def bwd(
     chunks = live.chunks(weight.shape[0], memory_budget)
     grads = LinearGrads(live, hidden, weight, bias, needs, len(chunks))
     chunk = Chunk(weight, bias, chunks[0].stop if chunks else 0)
-    block, warps = block_of(chunk.buffer)
     totals = live.gather(lse)
     entropies = None if grad_entropy is None else live.gather(entropy)
     upstream = [None if grad is None else live.gather(grad) for grad in (grad_logprobs, grad_entropy)]
     for part in chunks:
         logits = chunk.logits(live.hidden[part])
         dlogits = chunk.gradient(logits)
-        launch(
-            _linear_logprobs_bwd_kernel,
-            (logits.shape[0],),
-            logits,
-            live.tokens[part],
-            logits.shape[1],
-            1 / temperature,
-            softcap or 0.0,
-            *(None if x is None else x[part] for x in (totals, entropies, *upstream)),
-            dlogits,
-            dlogits.stride(0),
-            warps=warps,
-            SOFTCAP=softcap is not None,
-            BLOCK_V=block,
-        )
+        entropy_, g, g_entropy = (None if x is None else x[part] for x in (entropies, *upstream))
+        launch_gradient(logits, live.tokens[part], temperature, softcap, totals[part], entropy_, g, g_entropy, dlogits)
         grads.add(part, dlogits)
     return grads.result()
