@@ -48,6 +48,13 @@ def linear_ppo_loss(*changes, **scalars):
     return rk.linear_ppo_loss(**dict(zip(names, (HIDDEN, WEIGHT, TOKENS, ROWS, ROWS, MASK))) | dict(changes), **scalars)
 
 
+def linear_rrhf_loss(*changes, **scalars):
+    names = ("hidden", "weight", "tokens", "scores", "prompts", "mask")
+    prompts = torch.zeros(2, dtype=torch.long)
+    arguments = dict(zip(names, (HIDDEN, WEIGHT, TOKENS, SCORES, prompts, MASK)))
+    return rk.linear_rrhf_loss(**arguments | dict(changes), **scalars)
+
+
 WRONG_TYPE = (
     (lambda: rk.token_logprobs([1.0], TOKENS), "token_logprobs: logits must be a Tensor, got list"),
     (lambda: rk.token_logprobs(LOGITS, TOKENS, [True]), "token_logprobs: mask must be a Tensor, got list"),
@@ -114,6 +121,14 @@ WRONG_TYPE = (
 )
 
 WRONG_SHAPE = (
+    (
+        lambda: linear_rrhf_loss(("hidden", HIDDEN[0])),
+        "linear_rrhf_loss: hidden must have shape [K, T, H], got (3, 4)",
+    ),
+    (
+        lambda: linear_rrhf_loss(("scores", torch.zeros(3))),
+        "linear_rrhf_loss: scores must have shape (2,) to match hidden (2, 3, 4), got (3,)",
+    ),
     (
         lambda: rk.token_logprobs(LOGITS, TOKENS[:, :2]),
         "token_logprobs: tokens must have shape (2, 3) to match logits (2, 3, 7), got (2, 2)",
@@ -235,6 +250,9 @@ WRONG_SHAPE = (
 )
 
 WRONG_VALUE = (
+    (lambda: linear_rrhf_loss(length_power=-1), "linear_rrhf_loss: length_power must be at least 0, got -1"),
+    (lambda: linear_rrhf_loss(group_size=0), "linear_rrhf_loss: group_size must be greater than 0, got 0"),
+    (lambda: linear_ppo_loss(max_tokens=-1), "linear_ppo_loss: max_tokens must be at least 0, got -1"),
     (
         lambda: rk.token_logprobs(LOGITS, TOKENS, temperature=0.0),
         "token_logprobs: temperature must be greater than 0, got 0.0",
