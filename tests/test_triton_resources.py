@@ -38,7 +38,6 @@ def test_kernels_compile_and_take_what_the_record_says(stem, record):
     done = run("--check", stem)
     assert done.stdout, done.stderr
     rows = json.loads(done.stdout)
-    assert not [row for row in rows if row["stack"] or row["local"]]
     assert {(row["stem"], row["target"]) for row in rows} == {(stem, f"sm_{target}") for target in (80, 90, 100)}
     wrong = resources.complaints(rows, record, triton.__version__)
     assert not wrong, "\n".join([*wrong, "if this is meant: python -m benchmarks.triton_resources"])
@@ -66,12 +65,12 @@ RECORD = {"triton": "3.9.0", "rows": [ROW]}
         ({"registers": 41}, "3.9.0", "registers were 40"),
         ({"registers": 39}, "3.9.0", "registers were 40"),
         ({"shared": 65}, "3.9.0", "shared were 64"),
-        ({"registers": 56, "shared": 80}, "3.10.0", None),
-        ({"registers": 57}, "3.10.0", "registers were 40"),
-        ({"shared": 81}, "3.10.0", "shared were 64"),
-        ({"stack": 8}, "3.10.0", "spills"),
-        ({"local": 4}, "3.10.0", "spills"),
-        ({"warps": 2}, "3.10.0", "not in the record"),
+        ({"stack": 8}, "3.9.0", "spills"),
+        ({"local": 4}, "3.9.0", "spills"),
+        ({"warps": 2}, "3.9.0", "not in the record"),
+        ({"registers": 128, "shared": 80, "warps": 2}, "3.10.0", None),
+        ({"stack": 64}, "3.10.0", None),
+        ({"stack": 72}, "3.10.0", "spills"),
     ],
 )
 def test_complaints(change, version, complaint):

@@ -34,14 +34,16 @@ def inner(x: Tensor) -> int:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, registers: int | None = None, **constants: Any
 ) -> None:
-    """Run on the first tensor's device and its current stream; an empty grid is nothing to do.
-
-    registers: how many a thread may have, where the assembler would spill some to fit one more program.
-    """
+    """Run on the first tensor's device and its current stream; an empty grid is nothing to do."""
     first = next(x[0] if isinstance(x, tuple) else x for x in arguments if isinstance(x, (tuple, Tensor)))
     if all(grid):
         with torch.cuda.device_of(first):
             kernel[grid](*arguments, **constants, num_warps=warps, maxnreg=registers, enable_fp_fusion=True)
+
+
+def registers_for(result: Tensor) -> int | None:
+    """How many a thread of a row kernel may have; left to itself the assembler spills some to fit one more program."""
+    return 128 if result.dtype == torch.float32 else None
 
 
 def power_of_2(n: int, low: int, high: int) -> int:

@@ -18,6 +18,7 @@ from .common import (
     number,
     policy_term,
     power_of_2,
+    registers_for,
     rows,
     scaled,
 )
@@ -186,7 +187,7 @@ def launch_rows(
         dlogits,
         0 if dlogits is None else dlogits.stride(-2),
         warps=warps,
-        registers=128 if logprobs.dtype == torch.float32 else None,
+        registers=registers_for(logprobs),
         WHITEN=whiten,
         SOFTCAP=softcap is not None,
         GRADIENT=dlogits is not None,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference import compute_dtype
 from .common import Rows, at, launch, number, power_of_2, rows
 
-MAX_BLOCK_T = 2048
+MAX_BLOCK_T = 1024
 
 
 def block_of(columns: int) -> tuple[int, int]:

@@ -235,7 +235,7 @@ def _linear_logprobs_bwd_kernel(
         v = start + tl.arange(0, BLOCK_V)
         dx = tl.zeros((BLOCK_V,), DTYPE)
         if token >= 0:
-            x = load_block(logits_ptr + row * V, start, 1, V, DTYPE, BLOCK_V)
+            x = load_block(logits_ptr + row * V, start, 1, V, DTYPE, BLOCK_V, "")
             dx = logit_gradient(x, v, token, lse, h, g, g_entropy, scale, cap, SOFTCAP, grad_entropy_ptr is not None)
         tl.debug_barrier()  # every thread has read its block before one of them writes there
         tl.store(dlogits_ptr + row * stride_gradient + v, dx.to(dlogits_ptr.dtype.element_ty), mask=v < V)

@@ -6,14 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import check_range, compute_dtype, valid_tokens
-from .common import at_place, finite_or_zero, inner, launch, merge_sums, number, rows
+from .common import at_place, finite_or_zero, inner, launch, merge_sums, number, registers_for, rows
 from .token_logprobs import block_of, load_block, load_token, logit_gradient, logprob_entropy
 
 
 @triton.jit
-def pair_sums(
-    row, stride_v, other_row, other_stride_v, V, scale, like, BLOCK_V: tl.constexpr, EVICT: tl.constexpr = ""
-):
+def pair_sums(row, stride_v, other_row, other_stride_v, V, scale, like, BLOCK_V: tl.constexpr, EVICT: tl.constexpr):
     """`block_sums` of two rows p and q, and Σ exp(z − m)·((z − m) − (z_q − m_q)): with both maxima taken off, no large
     numbers cancel in KL(p ‖ q)."""
     zero, low = number(0.0, like.dtype), number(float("-inf"), like.dtype)
@@ -71,7 +69,7 @@ def _policy_ref_logprobs_fwd_kernel(
     if valid:
         scale = number(inverse_temperature, DTYPE)
         row, ref_row = at_place(logits, place, inner), at_place(ref_logits, place, inner)
-        m, s, t, m_ref, s_ref, gap = pair_sums(row, stride_v, ref_row, ref_stride_v, V, scale, zero, BLOCK_V)
+        m, s, t, m_ref, s_ref, gap = pair_sums(row, stride_v, ref_row, ref_stride_v, V, scale, zero, BLOCK_V, "")
         chosen = tl.load(row + token * stride_v).to(DTYPE) * scale
         ref_chosen = tl.load(ref_row + token * ref_stride_v).to(DTYPE) * scale
         logprob, entropy, lse = logprob_entropy(chosen, m, s, t, outside)
@@ -113,6 +111,7 @@ def fwd(
         lse,
         ref_lse,
         warps=warps,
+        registers=registers_for(logprobs),
         BLOCK_V=block,
     )
     return logprobs, ref_logprobs, entropy, kl, lse, ref_lse
@@ -151,12 +150,12 @@ def _policy_ref_logprobs_bwd_kernel(
         if grad_entropy is not None:
             g_entropy = tl.load(at_place(grad_entropy, place, inner)).to(DTYPE)
         lse, entropy, scale = tl.load(lse_ptr + place), tl.load(entropy_ptr + place), number(inverse_temperature, DTYPE)
-        x = load_block(at_place(logits, place, inner), block * BLOCK_V, stride_v, V, DTYPE, BLOCK_V)
+        x = load_block(at_place(logits, place, inner), block * BLOCK_V, stride_v, V, DTYPE, BLOCK_V, "")
         cap = number(0.0, DTYPE)
         dx = logit_gradient(x, v, token, lse, entropy, g, g_entropy, scale, cap, False, grad_entropy is not None)
         if grad_kl is not None:
             g_kl, kl = tl.load(at_place(grad_kl, place, inner)).to(DTYPE), tl.load(kl_ptr + place)
-            x_ref = load_block(at_place(ref_logits, place, inner), block * BLOCK_V, ref_stride_v, V, DTYPE, BLOCK_V)
+            x_ref = load_block(at_place(ref_logits, place, inner), block * BLOCK_V, ref_stride_v, V, DTYPE, BLOCK_V, "")
             logp = x * scale - finite_or_zero(lse)
             log_ratio = logp - (x_ref * scale - tl.load(ref_lse_ptr + place).to(DTYPE))
             p = tl.exp(logp)

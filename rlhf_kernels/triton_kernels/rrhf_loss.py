@@ -12,6 +12,7 @@ from ..stats import RRHFStats
 from .common import at, launch, number, power_of_2, rows
 
 BLOCK = tl.constexpr(64)
+RIVALS = tl.constexpr(32)  # at a time, where there are several tiles
 SINGLE = 1 << 17  # elements that one program goes through faster than two more launches start
 
 
@@ -74,13 +75,14 @@ def _rrhf_loss_fwd_kernel(
     i = tile * BLOCK + tl.arange(0, BLOCK)
     DTYPE: tl.constexpr = loss_ptr.dtype.element_ty
     if SUMS:
-        summed, length = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
+        sums, counted = tl.zeros((BLOCK, BLOCK_T), DTYPE), tl.zeros((BLOCK, BLOCK_T), DTYPE)
         for start in range(0, T, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             inside = (i < K)[:, None] & (t < T)[None, :]
             counts = tl.load(at(mask, i[:, None], t[None, :]), mask=inside, other=0) != 0
-            summed += tl.sum(tl.load(at(logprobs, i[:, None], t[None, :]), mask=counts, other=0.0).to(DTYPE), 1)
-            length += tl.sum(counts.to(DTYPE), 1)
+            sums += tl.load(at(logprobs, i[:, None], t[None, :]), mask=counts, other=0.0).to(DTYPE)
+            counted += counts.to(DTYPE)
+        summed, length = tl.sum(sums, 1), tl.sum(counted, 1)
         score = tl.load(scores[0] + i.to(tl.int64) * scores[1], mask=i < K, other=0.0).to(DTYPE)
         prompt = tl.load(prompts[0] + i.to(tl.int64) * prompts[1], mask=i < K, other=0)
         candidate = (length > 0) & (score == score)
@@ -103,8 +105,8 @@ def _rrhf_loss_fwd_kernel(
         else:
             rank, wrong, pairs = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
             right, earlier, ahead = rank, rank, rank
-            for first in range(0, K, BLOCK):
-                j = first + tl.arange(0, BLOCK)
+            for first in range(0, K, RIVALS):
+                j = first + tl.arange(0, RIVALS)
                 other_p, other_score, other_prompt, other_candidate = _load_responses(
                     scores, prompts, sums_ptr, j, K, DTYPE
                 )

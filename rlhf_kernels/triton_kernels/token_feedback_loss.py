@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import check_range, compute_dtype
 from ..stats import TokenFeedbackStats
-from .common import at_place, expm1, finite_or_zero, inner, launch, log1p, number, power_of_2, rows
+from .common import at_place, expm1, finite_or_zero, inner, launch, log1p, number, power_of_2, registers_for, rows
 from .policy_ref_logprobs import kl_from_sums, pair_sums
 from .token_logprobs import block_of, load_block, load_token, logprob_entropy
 
@@ -148,6 +148,7 @@ def fwd(
         kl,
         dlogits if with_grad else None,
         warps=warps,
+        registers=registers_for(terms),
         BANDIT=kind == "bandit",
         GRADIENT=with_grad,
         BLOCK_V=block,

@@ -41,7 +41,7 @@ def load_token(tokens, mask, place, inner, V):
 
 
 @triton.jit
-def load_block(row, start, stride_v, V, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_block(row, start, stride_v, V, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr, EVICT: tl.constexpr):
     """BLOCK_V logits of a row from column `start`, −inf beyond its end."""
     v = start + tl.arange(0, BLOCK_V)
     place = row + v.to(tl.int64) * stride_v
@@ -58,7 +58,7 @@ def row_sums(
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     like,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr,
 ):
     """`block_sums` of a whole row, block by block in order: the same bits whether or not a row is split."""
     m, s, t = number(float("-inf"), like.dtype), number(0.0, like.dtype), number(0.0, like.dtype)
@@ -112,7 +112,7 @@ def _token_logprobs_fwd_kernel(
                 sums = sums_ptr + (place.to(tl.int64) * BLOCKS + block) * 3
                 m, s, t = merge_sums(m, s, t, tl.load(sums), tl.load(sums + 1), tl.load(sums + 2))
         else:
-            m, s, t = row_sums(row, stride_v, V, scale, cap, SOFTCAP, BLOCK_V, zero)
+            m, s, t = row_sums(row, stride_v, V, scale, cap, SOFTCAP, BLOCK_V, zero, "")
         chosen = scaled(tl.load(row + token * stride_v).to(DTYPE), scale, cap, SOFTCAP)
         logprob, entropy, lse = logprob_entropy(chosen, m, s, t, outside)
     tl.store(logprobs_ptr + place, logprob)
@@ -140,7 +140,7 @@ def _block_sums_kernel(
     _, valid, _ = load_token(tokens, mask, place, inner, V)
     if valid:
         DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
-        x = load_block(at_place(logits, place, inner), block * BLOCK_V, stride_v, V, DTYPE, BLOCK_V)
+        x = load_block(at_place(logits, place, inner), block * BLOCK_V, stride_v, V, DTYPE, BLOCK_V, "")
         z = scaled(x, number(inverse_temperature, DTYPE), number(softcap, DTYPE), SOFTCAP)
         m, s, t = block_sums(z)
         sums = sums_ptr + (place.to(tl.int64) * BLOCKS + block) * 3
@@ -223,7 +223,7 @@ def _token_logprobs_bwd_kernel(
             g_entropy = tl.load(at_place(grad_entropy, place, inner)).to(DTYPE)
             h = tl.load(at_place(entropy, place, inner))
         total = tl.load(at_place(lse, place, inner))
-        x = load_block(at_place(logits, place, inner), block * BLOCK_V, stride_v, V, DTYPE, BLOCK_V)
+        x = load_block(at_place(logits, place, inner), block * BLOCK_V, stride_v, V, DTYPE, BLOCK_V, "")
         scale, cap = number(inverse_temperature, DTYPE), number(softcap, DTYPE)
         dx = logit_gradient(x, v, token, total, h, g, g_entropy, scale, cap, SOFTCAP, grad_entropy is not None)
         tl.store(target, dx.to(dlogits_ptr.dtype.element_ty), mask=v < V)
