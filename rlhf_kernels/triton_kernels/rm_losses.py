@@ -13,7 +13,7 @@ from ..stats import RMListwiseStats, RMPairwiseStats, RMRegressionStats
 from .common import block_moments, launch, merge_moments, number, power_of_2, sigmoid, softplus
 
 BLOCK = tl.constexpr(64)
-LIST_BLOCK = tl.constexpr(32)
+RIVALS = tl.constexpr(32)  # of a listwise tile at a time
 
 
 @triton.jit
@@ -199,20 +199,20 @@ def _rm_listwise_loss_fwd_kernel(
     BLOCK_TILES: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    i = tile * LIST_BLOCK + tl.arange(0, LIST_BLOCK)
+    i = tile * BLOCK + tl.arange(0, BLOCK)
     DTYPE: tl.constexpr = loss_ptr.dtype.element_ty
     score, rank, prompt = _load(scores, i, K, DTYPE), _load(ranks, i, K, tl.int64), _load(prompts, i, K, tl.int64)
     if SUMS:
         highest = score  # a response is in its own denominator, a tie is in neither's
-        total, right = tl.zeros((LIST_BLOCK,), DTYPE), tl.zeros((LIST_BLOCK,), DTYPE)
+        total, right = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
         above, below, higher, earlier = total, total, total, total
-        for first in range(0, K, LIST_BLOCK):
-            j = first + tl.arange(0, LIST_BLOCK)
+        for first in range(0, K, RIVALS):
+            j = first + tl.arange(0, RIVALS)
             other, other_rank = _load(scores, j, K, DTYPE), _load(ranks, j, K, tl.int64)
             same, beats = _rivals(rank, prompt, i, other_rank, _load(prompts, j, K, tl.int64), j, K)
             highest = tl.maximum(highest, tl.max(tl.where(beats, other[None, :], float("-inf")), 1))
-        for first in range(0, K, LIST_BLOCK):
-            j = first + tl.arange(0, LIST_BLOCK)
+        for first in range(0, K, RIVALS):
+            j = first + tl.arange(0, RIVALS)
             other, other_rank = _load(scores, j, K, DTYPE), _load(ranks, j, K, tl.int64)
             same, beats = _rivals(rank, prompt, i, other_rank, _load(prompts, j, K, tl.int64), j, K)
             total += tl.sum(tl.where(beats, tl.exp(other[None, :] - highest[:, None]), 0.0), 1)
@@ -246,16 +246,14 @@ def _rm_listwise_loss_fwd_kernel(
     if GRADIENT:
         count = tl.maximum(n, 1.0)
         if dscores_ptr is not None:
-            share = tl.zeros(
-                (LIST_BLOCK,), DTYPE
-            )  # of response i in the denominators of those that beat it, and its own
+            share = tl.zeros((BLOCK,), DTYPE)  # of response i in the denominators of those that beat it, and its own
             if SUMS:
                 _, beaten = _rivals(rank, prompt, i, rank, prompt, i, K)
                 stands = beaten | (i[:, None] == i[None, :])
                 share += tl.sum(tl.where(stands, tl.exp(score[None, :] - lse[:, None]), 0.0), 0)
             else:
-                for first in range(0, K, LIST_BLOCK):
-                    j = first + tl.arange(0, LIST_BLOCK)
+                for first in range(0, K, RIVALS):
+                    j = first + tl.arange(0, RIVALS)
                     other_rank, other_prompt = _load(ranks, j, K, tl.int64), _load(prompts, j, K, tl.int64)
                     other_lse = tl.load(lse_ptr + j, mask=j < K, other=0.0)
                     same, beaten = _rivals(other_rank, other_prompt, j, rank, prompt, i, K)
@@ -273,7 +271,7 @@ def listwise_fwd(scores: Tensor, ranks: Tensor, prompts: Tensor, with_grad: bool
     k, dtype = len(scores), compute_dtype(scores)
     loss, stats = scores.new_empty((), dtype=dtype), scores.new_empty(len(RMListwiseStats._fields), dtype=dtype)
     dscores = scores.new_empty(scores.shape if with_grad else 0)
-    tiles = max(triton.cdiv(k, LIST_BLOCK.value), 1)
+    tiles = max(triton.cdiv(k, BLOCK.value), 1)
     lse, partials = loss.new_empty(0 if tiles == 1 else k), loss.new_empty(6, tiles)
     for sums, gradient in ((True, True),) if tiles == 1 else ((True, False), (False, True)):
         launch(
@@ -287,7 +285,7 @@ def listwise_fwd(scores: Tensor, ranks: Tensor, prompts: Tensor, with_grad: bool
             loss,
             stats,
             dscores if with_grad else None,
-            warps=4,
+            warps=8,
             SUMS=sums,
             GRADIENT=gradient,
             BLOCK_TILES=power_of_2(tiles, 1, 1 << 20),
