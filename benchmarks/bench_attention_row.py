@@ -1,7 +1,8 @@
 """attention_row: the attention probabilities of the last query of a layer, mean over heads.
 
 Limit: the keys are read once, B·Hkv·T·D elements, with 2·B·Hq·T·D FLOP on them; at a few query heads a key head, memory
-decides. "full T×T map" is what a model with output_attentions=True computes to have that one row.
+decides. Ours also writes the scores and reads them back for the mean, 8 bytes per query head and column. "full T×T map"
+is what a model with output_attentions=True computes to have that one row.
 """
 
 import torch
@@ -30,7 +31,8 @@ def inputs(case: Case) -> tuple[Tensor, ...]:
 def work(case: Case) -> dict[str, Work]:
     batch, heads, groups, dim, columns = case.sizes.values()
     read = case.dtype.itemsize * batch * dim * (groups * columns + heads) + batch * columns
-    return {"fwd": Work(read + 4 * batch * columns, 2 * batch * heads * columns * dim)}
+    least, flops = read + 4 * batch * columns, 2 * batch * heads * columns * dim
+    return {"fwd": Work(least, flops, moved=least + 8 * batch * heads * columns)}
 
 
 def ours(case: Case):

@@ -38,6 +38,7 @@ class Work:
 
     bytes: int
     flops: int = 0
+    moved: int | None = None  # bytes that the algorithm of our Triton kernels moves, where that is more
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Row:
     rounds: int = 0
     bytes: int = 0
     flops: int = 0
+    moved: int = 0  # bytes that our algorithm moves on a GPU, those that it finds in a cache included
     gb_per_s: float | None = None  # one of the two, by which of them sets the limit
     tflop_per_s: float | None = None
     limit_ms: float | None = None  # the work at the measured ceiling
@@ -225,7 +227,7 @@ def measured(row: Row, seconds: list[float], work: Work, case: Case, ceilings: d
     products = work.flops / ceilings.get(f"matmul {machine.short(case.dtype)}", ceilings["matmul fp32"])
     limit = max(reading, products)
     row.median_ms, row.quartiles_ms, row.rounds = 1e3 * median, [1e3 * low, 1e3 * high], len(seconds)
-    row.bytes, row.flops = work.bytes, work.flops
+    row.bytes, row.flops, row.moved = work.bytes, work.flops, work.moved or work.bytes
     if reading >= products:
         row.gb_per_s = work.bytes / median / 1e9
     else:

@@ -117,6 +117,29 @@ def test_every_provider_passes_its_gate(stem):
                 assert harness.fault(provider, inputs, upstream, truth) == "", (provider.name, case)
 
 
+def test_every_op_has_its_benchmark_and_states_its_limit():
+    plain_torch = {"masked_mean", "masked_whiten", "use_backend", "backend"}
+    with_entropy = {"token_logprobs_entropy", "linear_logprobs_entropy"}  # variants of their stems
+    assert set(STEMS) == set(rk.__all__) - plain_torch - with_entropy
+    for stem in STEMS:
+        bench = harness.load(stem)
+        assert "\nLimit: " in bench.__doc__, stem
+        for case in bench.cases():
+            for phase, work in bench.work(case).items():
+                assert work.bytes > 0 and (work.moved is None or work.moved > work.bytes), (stem, phase)
+
+
+def test_matrix_products_of_the_model():
+    """In units of 2·N·V·H; tests/test_linear_*.py count those that are issued."""
+    for stem, variant, forward, both in (
+        ("linear_logprobs", "", 1, 4),
+        ("linear_logprobs", "frozen head", 1, 2),
+        ("linear_ppo_loss", "", 1, 3),
+    ):
+        work = harness.load(stem).work(harness.Case({"N": 10, "H": 20, "V": 1000}, variant=variant))
+        assert (work["fwd"].flops, work["fwd+bwd"].flops) == (forward * 400_000, both * 400_000)
+
+
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
