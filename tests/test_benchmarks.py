@@ -201,7 +201,7 @@ def test_quick_run_of_one_op_writes_json(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grpo"], "op must be one of token_logprobs, attention_row, gae, rollout_advantages, ppo_loss, got grpo"),
+        (["grpo"], f"op must be one of {', '.join(STEMS)}, got grpo"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--json", "/nowhere/at/all.json"], "--json: /nowhere/at must be an existing folder"),
         (["--table", "/nowhere/at/all.json"], "--table: /nowhere/at/all.json must be a file that --json wrote"),
