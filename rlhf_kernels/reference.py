@@ -53,7 +53,13 @@ def _token_index(op: str, tokens: Tensor, valid: Tensor, vocabulary: int) -> tup
 
 
 def token_logprobs_fwd(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, with_entropy: bool
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    grad_buffer: Tensor | None = None,  # for the backward pass
 ) -> tuple[Tensor, Tensor, Tensor]:
     valid = valid_tokens(tokens, mask)
     index, outside = _token_index("token_logprobs", tokens, valid, logits.shape[-1])
@@ -103,6 +109,23 @@ def token_logprobs_bwd(
         logp = z - lse[..., None]
         dz -= g * torch.where(p > 0, p * (logp + entropy[..., None]), 0)
     return _unscaled_grad(dz, safe_logits, valid & (lse != -torch.inf), temperature, softcap)
+
+
+def token_logprobs_bwd_out(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    dlogits: Tensor,
+) -> None:
+    dlogits.copy_(
+        token_logprobs_bwd(logits, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap)
+    )
 
 
 def _unscaled_grad(dz: Tensor, logits: Tensor, valid: Tensor, temperature: float, softcap: float | None) -> Tensor:

@@ -11,7 +11,13 @@ _triton = backend.import_triton("token_logprobs")
 
 
 def _fwd_fake(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, with_entropy: bool
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    grad_buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = logits.new_empty(tokens.shape, dtype=reference.compute_dtype(logits))
     return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0), torch.empty_like(logprobs)
@@ -23,7 +29,7 @@ def _bwd_fake(logits: Tensor, *_: Any) -> Tensor:
 
 _fwd = backend.register(
     "token_logprobs_fwd(Tensor logits, Tensor tokens, Tensor? mask, float temperature, float? softcap, "
-    "bool with_entropy) -> (Tensor logprobs, Tensor entropy, Tensor lse)",
+    "bool with_entropy, Tensor? grad_buffer) -> (Tensor logprobs, Tensor entropy, Tensor lse)",
     fake=_fwd_fake,
     torch_impl=reference.token_logprobs_fwd,
     triton=_triton and _triton.fwd,
@@ -35,21 +41,32 @@ _bwd = backend.register(
     torch_impl=reference.token_logprobs_bwd,
     triton=_triton and _triton.bwd,
 )
+_bwd_out = backend.register(
+    "token_logprobs_bwd_out(Tensor logits, Tensor tokens, Tensor? mask, Tensor lse, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float? softcap, Tensor(a!) dlogits) -> ()",
+    fake=lambda *_: None,
+    torch_impl=reference.token_logprobs_bwd_out,
+    triton=_triton and _triton.bwd_out,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, tokens, mask, ctx.temperature, ctx.softcap, ctx.with_entropy = inputs
+    logits, tokens, mask, ctx.temperature, ctx.softcap, with_entropy, ctx.grad_buffer = inputs
     _, entropy, lse = output
     ctx.save_for_backward(logits, tokens, mask, lse, entropy)
-    ctx.mark_non_differentiable(lse, *([] if ctx.with_entropy else [entropy]))
+    ctx.mark_non_differentiable(lse, *([] if with_entropy else [entropy]))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 6
-    grad = _bwd(*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
-    return grad, None, None, None, None, None
+        return (None,) * 7
+    arguments = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
+    if ctx.grad_buffer is None:
+        return _bwd(*arguments), *(None,) * 6
+    _bwd_out(*arguments, ctx.grad_buffer)
+    torch.autograd.graph.increment_version(ctx.grad_buffer)  # so that logits that were overwritten are not used again
+    return ctx.grad_buffer, *(None,) * 6
 
 
 backend.register_autograd("token_logprobs_fwd", _backward, _setup_context)
@@ -62,6 +79,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    grad_buffer: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each token under the softmax of its logits.
 
@@ -74,6 +92,9 @@ def token_logprobs(
         mask: [...] bool, True where the token counts. Masked rows are not read, give 0 and a zero gradient.
         temperature: divides the logits; must be the one the tokens were sampled with.
         softcap: bound of the tanh soft cap, None for none.
+        grad_buffer: contiguous memory of logits' shape and dtype for their gradient, which the backward pass returns
+            instead of fresh memory: yours again when the gradient has been used. It may be `logits` itself, if nothing
+            needs them after the backward pass; a second backward pass then raises.
 
     Returns:
         logprobs [...] in fp32 (fp64 for fp64 logits), differentiable in `logits`.
@@ -84,7 +105,7 @@ def token_logprobs(
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593) for its use as a policy's log-probability.
     """
-    return _token_logprobs("token_logprobs", logits, tokens, mask, temperature, softcap, False)[0]
+    return _token_logprobs("token_logprobs", logits, tokens, mask, temperature, softcap, False, grad_buffer)[0]
 
 
 def token_logprobs_entropy(
@@ -94,6 +115,7 @@ def token_logprobs_entropy(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    grad_buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and, from the same pass, the entropy of each softmax in nats.
 
@@ -104,7 +126,7 @@ def token_logprobs_entropy(
     Returns:
         (logprobs [...], entropy [...]) in fp32 (fp64 for fp64 logits), both differentiable in `logits`.
     """
-    return _token_logprobs("token_logprobs_entropy", logits, tokens, mask, temperature, softcap, True)[:2]
+    return _token_logprobs("token_logprobs_entropy", logits, tokens, mask, temperature, softcap, True, grad_buffer)[:2]
 
 
 def _token_logprobs(
@@ -115,10 +137,17 @@ def _token_logprobs(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
+    grad_buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = check_logits(op, logits, tokens, mask)
     checks.positive(op, temperature=temperature, softcap=softcap)
-    return _fwd(logits, tokens, mask, temperature, softcap, with_entropy)
+    if grad_buffer is not None:
+        checks.same_shape(op, {"logits": logits}, grad_buffer=grad_buffer)
+        if grad_buffer.dtype != logits.dtype or not grad_buffer.is_contiguous():
+            got = f"{grad_buffer.dtype} with strides {grad_buffer.stride()}"
+            checks.fail(op, "grad_buffer", f"be contiguous and {logits.dtype} like logits", got)
+        grad_buffer = grad_buffer.detach()
+    return _fwd(logits, tokens, mask, temperature, softcap, with_entropy, grad_buffer)
 
 
 def check_logits(op: str, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor | None:

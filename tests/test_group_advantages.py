@@ -75,6 +75,16 @@ def test_unscored_responses_are_left_out(backend_name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-9), (torch.float32, 1e-5)), ids=str)
+def test_more_responses_than_a_tile(backend_name, kind, dtype, tolerance):
+    scores, groups = torch.randn(200, dtype=dtype), torch.randint(30, (200,))
+    scores[::7] = math.nan
+    advantages = rk.group_advantages(scores, groups, kind=kind)
+    with rk.use_backend("torch"):
+        close(advantages, rk.group_advantages(scores, groups, kind=kind), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_int32_groups(backend_name, kind):
     scores, groups = torch.randn(9), torch.randint(3, (9,))
     expected = rk.group_advantages(scores, groups, kind=kind)

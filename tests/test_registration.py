@@ -209,7 +209,8 @@ def recorded_ops():
 def test_cases_cover_every_public_function_and_every_op():
     plain_torch = {"masked_mean", "masked_whiten"}
     assert set(CASES) == set(rk.__all__) - plain_torch - {"use_backend", "backend"}
-    assert recorded_ops() == set(rk.backend.table("cpu"))
+    in_its_own_tests = {"token_logprobs_bwd_out"}  # writes to what it is given, which nothing else may
+    assert recorded_ops() | in_its_own_tests == set(rk.backend.table("cpu"))
 
 
 @on_every_backend

@@ -170,6 +170,24 @@ def test_nothing_to_learn_from_is_zero_and_in_the_graph(backend_name):
     assert (scores.grad == 0).all()
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), ((torch.float64, 1e-9), (torch.float32, 1e-4)), ids=str)
+def test_more_responses_than_a_tile(backend_name, dtype, rtol):
+    scores, targets = torch.randn(2, 1100, dtype=torch.float64)
+    for op, sample in (
+        (rk.rm_pairwise_loss, pair_inputs(130, 200, 9)),
+        (rk.rm_pairwise_loss, pair_inputs(20, 200, 9)),  # only the pairs fill more than one
+        (rk.rm_pairwise_loss, pair_inputs(130, 20, 9)),  # only the scores do
+        (rk.rm_listwise_loss, list_inputs(130, 9)),
+        (rk.rm_regression_loss, {"scores": scores, "targets": targets}),
+    ):
+        given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in sample.items()}
+        values, (gradient,), _ = oracle.evaluate(op, given, ("scores",), {})
+        with rk.use_backend("torch"):
+            expected, (expected_gradient,), _ = oracle.evaluate(op, given, ("scores",), {})
+        for a, b in zip([*values, gradient], [*expected, expected_gradient]):
+            close(a, b, rtol=rtol, atol=rtol / 100)
+
+
 def test_gradcheck(backend_name):
     pairs, lists, targets = pair_inputs(5, 8), list_inputs(6, 2), torch.randn(5, dtype=torch.float64)
     ops = (
@@ -188,7 +206,7 @@ def test_gradcheck(backend_name):
 def test_order_makes_no_difference(backend_name, responses, pairs, prompts, seed):
     """Responses and pairs shuffled, prompts renamed, responses added that stand in no pair."""
     torch.manual_seed(seed)
-    given, lists = pair_inputs(responses, pairs, prompts), list_inputs(responses, prompts)
+    arguments, lists = pair_inputs(responses, pairs, prompts), list_inputs(responses, prompts)
     order, among = torch.randperm(responses + 2), torch.randperm(pairs)
     place = order.argsort()
     scores = torch.cat([given["scores"], torch.full((2,), 77.0, dtype=torch.float64)])[order]
@@ -202,7 +220,7 @@ def test_order_makes_no_difference(backend_name, responses, pairs, prompts, seed
     shuffle = torch.randperm(responses)
     shuffled = {name: x[shuffle] for name, x in lists.items()} | {"prompts": 100 - lists["prompts"][shuffle]}
     for op, before, after, back in (
-        (rk.rm_pairwise_loss, given, moved, place[:responses]),
+        (rk.rm_pairwise_loss, arguments, moved, place[:responses]),
         (rk.rm_listwise_loss, lists, shuffled, shuffle.argsort()),
     ):
         expected, (expected_gradient,), _ = oracle.evaluate(op, before, ("scores",), {})

@@ -130,6 +130,33 @@ def test_all_masked_is_zero_and_in_the_graph(backend_name):
     assert (given["logprobs"].grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("responses", (3, 80))
+def test_scores_are_compared_as_given(backend_name, responses, dtype):
+    """fp64 scores that the log-probabilities' own dtype would round to ties or to infinities."""
+    given = inputs(responses, 5, 2, "all")
+    given["logprobs"] = given["logprobs"].to(dtype)
+    ranks = torch.randperm(responses).double()
+    expected, (expected_gradient,), _ = oracle.evaluate(rk.rrhf_loss, given | {"scores": ranks}, ("logprobs",), {})
+    for scores in (1 + ranks * 1e-12, (1 + ranks) * 1e300):
+        values, (gradient,), _ = oracle.evaluate(rk.rrhf_loss, given | {"scores": scores}, ("logprobs",), {})
+        for a, b in zip([*values, gradient], [*expected, expected_gradient]):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), ((torch.float64, 1e-9), (torch.float32, 1e-4)), ids=str)
+def test_more_responses_than_a_tile(backend_name, dtype, rtol):
+    given = inputs(130, 70, 9)
+    given["logprobs"] = given["logprobs"].to(dtype)
+    given["scores"][::11] = math.nan
+    given["mask"][5::13] = False
+    values, (gradient,), _ = oracle.evaluate(rk.rrhf_loss, given, ("logprobs",), {"length_power": 0.7})
+    with rk.use_backend("torch"):
+        expected, (expected_gradient,), _ = oracle.evaluate(rk.rrhf_loss, given, ("logprobs",), {"length_power": 0.7})
+    for a, b in zip([*values, gradient], [*expected, expected_gradient]):
+        close(a, b, rtol=rtol, atol=rtol / 100)
+
+
 def test_gradcheck(backend_name):
     given = inputs(6, 4, 2)
 

@@ -213,3 +213,60 @@ def test_batch_makes_no_difference(backend_name, rows, columns, left, right, see
     for i, wanted in enumerate(expected):
         assert torch.equal(oracle.restore(moved[i], order, left, right), wanted)
         assert torch.equal(single[0][i], wanted[:1, :1])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("scalars", ({}, {"temperature": 0.7, "softcap": 5.0}), ids=("plain", "capped"))
+def test_gradient_in_a_given_buffer(backend_name, dtype, scalars):
+    """The same bits as in fresh memory, in the memory that was given: a buffer that is used again, or the logits."""
+    given = inputs((3, 5, 700))
+    logits, weights = given["logits"].to(dtype), torch.randn(3, 5)
+    buffer, rest = torch.full_like(logits, math.nan), {"tokens": given["tokens"], "mask": given["mask"], **scalars}
+
+    def gradient(x, **options):
+        logprobs, entropy = rk.token_logprobs_entropy(x, **rest, **options)
+        return torch.autograd.grad((weights * (logprobs + entropy)).sum(), x, retain_graph=True)[0], logprobs
+
+    expected, _ = gradient(logits.clone().requires_grad_())
+    for _ in range(2):
+        actual, _ = gradient(logits.clone().requires_grad_(), grad_buffer=buffer)
+        assert actual.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        assert torch.equal(actual, expected)
+    own = logits.clone().requires_grad_()
+    actual, logprobs = gradient(own, grad_buffer=own)
+    assert torch.equal(actual, expected)
+    assert torch.equal(own.detach(), expected)  # overwritten, as asked
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(logprobs.sum(), own)
+
+
+def test_buffer_of_another_kind():
+    logits, tokens = torch.zeros(2, 7, requires_grad=True), torch.zeros(2).long()
+    for buffer, message in (
+        (torch.zeros(2, 6), r"grad_buffer must have shape \(2, 7\) to match logits \(2, 7\), got \(2, 6\)"),
+        (torch.zeros(2, 7).half(), "grad_buffer must be contiguous and torch.float32 like logits, got torch.float16"),
+        (torch.zeros(7, 2).T, "grad_buffer must be contiguous and torch.float32 like logits, got torch.float32 with"),
+    ):
+        with pytest.raises(ValueError, match=rf"^token_logprobs: {message}"):
+            rk.token_logprobs(logits, tokens, grad_buffer=buffer)
+
+
+def test_buffer_under_the_registry(backend_name):
+    """opcheck of the op that writes into the buffer, and the buffer under torch.compile."""
+    given = inputs((3, 700))
+    logits = given["logits"].requires_grad_()
+    lse = logits.detach().logsumexp(-1)
+    grads = torch.randn(3, dtype=torch.float64)
+    arguments = (logits.detach(), given["tokens"], given["mask"], lse, lse, grads, None, 1.0, None)
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.token_logprobs_bwd_out.default, (*arguments, torch.empty(3, 700).double())
+    )
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def total(x, buffer):
+        return rk.token_logprobs(x, given["tokens"], given["mask"], grad_buffer=buffer).sum()
+
+    (actual,) = torch.autograd.grad(total(logits, torch.empty(3, 700).double()), logits)
+    (expected,) = torch.autograd.grad(rk.token_logprobs(logits, given["tokens"], given["mask"]).sum(), logits)
+    close(actual, expected, rtol=1e-12)

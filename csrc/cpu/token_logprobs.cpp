@@ -107,7 +107,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_fwd_cpu(const at::
                                                                       const std::optional<at::Tensor>& mask,
                                                                       double temperature,
                                                                       std::optional<double> softcap,
-                                                                      bool with_entropy) {
+                                                                      bool with_entropy,
+                                                                      const std::optional<at::Tensor>&) {
   check_same_shape("token_logprobs", "tokens", tokens, logits.sizes().slice(0, logits.dim() - 1));
   if (mask) check_same_shape("token_logprobs", "mask", *mask, tokens.sizes());
   const auto options = logits.options().dtype(compute_type(logits));
@@ -183,11 +184,12 @@ void backward_rows(const at::Tensor& logits, const int64_t* tokens, const bool* 
   });
 }
 
-at::Tensor token_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& tokens,
-                                  const std::optional<at::Tensor>& mask, const at::Tensor& lse,
-                                  const at::Tensor& entropy, const std::optional<at::Tensor>& grad_logprobs,
-                                  const std::optional<at::Tensor>& grad_entropy, double temperature,
-                                  std::optional<double> softcap) {
+// `dlogits` may be the logits themselves: a block is written after it has been read.
+void token_logprobs_bwd_out_cpu(const at::Tensor& logits, const at::Tensor& tokens,
+                                const std::optional<at::Tensor>& mask, const at::Tensor& lse,
+                                const at::Tensor& entropy, const std::optional<at::Tensor>& grad_logprobs,
+                                const std::optional<at::Tensor>& grad_entropy, double temperature,
+                                std::optional<double> softcap, at::Tensor& dlogits) {
   check_same_shape("token_logprobs", "lse", lse, tokens.sizes());
   const auto type = compute_type(logits);
   const auto prepared = [&](const std::optional<at::Tensor>& grad) {
@@ -198,11 +200,20 @@ at::Tensor token_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& to
   const at::Tensor grad = prepared(grad_logprobs), grad_h = prepared(grad_entropy);
   const at::Tensor index = tokens.to(at::kLong).contiguous(), saved_lse = lse.contiguous();
   const at::Tensor saved_entropy = entropy.contiguous(), keep = mask ? mask->contiguous() : at::Tensor();
-  at::Tensor dlogits = at::empty(logits.sizes(), logits.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "token_logprobs_bwd", [&] {
     backward_rows<scalar_t>(logits, index.const_data_ptr<int64_t>(), mask ? keep.const_data_ptr<bool>() : nullptr,
                             saved_lse, saved_entropy, grad, grad_h, temperature, softcap, dlogits);
   });
+}
+
+at::Tensor token_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& tokens,
+                                  const std::optional<at::Tensor>& mask, const at::Tensor& lse,
+                                  const at::Tensor& entropy, const std::optional<at::Tensor>& grad_logprobs,
+                                  const std::optional<at::Tensor>& grad_entropy, double temperature,
+                                  std::optional<double> softcap) {
+  at::Tensor dlogits = at::empty(logits.sizes(), logits.options());
+  token_logprobs_bwd_out_cpu(logits, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap,
+                             dlogits);
   return dlogits;
 }
 
@@ -211,6 +222,7 @@ at::Tensor token_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& to
 TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
   m.impl("token_logprobs_fwd", token_logprobs_fwd_cpu);
   m.impl("token_logprobs_bwd", token_logprobs_bwd_cpu);
+  m.impl("token_logprobs_bwd_out", token_logprobs_bwd_out_cpu);
 }
 
 }  // namespace rlhf_kernels

@@ -37,10 +37,17 @@ def _pairs(p, score, prompt, candidate, i, other_p, other_score, other_prompt, o
 
 
 @triton.jit
-def _load_responses(scores, prompts, sums_ptr, j, K, DTYPE: tl.constexpr):
+def _load_score(scores, j, there):
+    """In fp64 where the scores are, whatever the log-probabilities: rounding would make ties."""
+    SCORE: tl.constexpr = tl.float64 if scores[0].dtype.element_ty == tl.float64 else tl.float32
+    return tl.load(scores[0] + j.to(tl.int64) * scores[1], mask=there, other=0.0).to(SCORE)
+
+
+@triton.jit
+def _load_responses(scores, prompts, sums_ptr, j, K):
     """p, score, prompt, candidates; sums_ptr holds p, Σ logprobs, 1 / length^power, candidate as [4, K]."""
     there = j < K
-    score = tl.load(scores[0] + j.to(tl.int64) * scores[1], mask=there, other=0.0).to(DTYPE)
+    score = _load_score(scores, j, there)
     prompt = tl.load(prompts[0] + j.to(tl.int64) * prompts[1], mask=there, other=0)
     p = tl.load(sums_ptr + j, mask=there, other=0.0)
     candidate = tl.load(sums_ptr + 3 * K + j, mask=there, other=0.0) > 0
@@ -83,7 +90,7 @@ def _rrhf_loss_fwd_kernel(
             sums += tl.load(at(logprobs, i[:, None], t[None, :]), mask=counts, other=0.0).to(DTYPE)
             counted += counts.to(DTYPE)
         summed, length = tl.sum(sums, 1), tl.sum(counted, 1)
-        score = tl.load(scores[0] + i.to(tl.int64) * scores[1], mask=i < K, other=0.0).to(DTYPE)
+        score = _load_score(scores, i, i < K)
         prompt = tl.load(prompts[0] + i.to(tl.int64) * prompts[1], mask=i < K, other=0)
         candidate = (length > 0) & (score == score)
         scale = tl.exp(-number(length_power, DTYPE) * tl.log(tl.maximum(length, 1.0)))
@@ -94,7 +101,7 @@ def _rrhf_loss_fwd_kernel(
             tl.store(sums_ptr + 2 * K + i, scale, mask=i < K)
             tl.store(sums_ptr + 3 * K + i, candidate.to(DTYPE), mask=i < K)
     elif PAIRS:
-        p, score, prompt, candidate = _load_responses(scores, prompts, sums_ptr, i, K, DTYPE)
+        p, score, prompt, candidate = _load_responses(scores, prompts, sums_ptr, i, K)
         summed = tl.load(sums_ptr + K + i, mask=i < K, other=0.0)
         scale = tl.load(sums_ptr + 2 * K + i, mask=i < K, other=0.0)
     if PAIRS:
@@ -107,9 +114,7 @@ def _rrhf_loss_fwd_kernel(
             right, earlier, ahead = rank, rank, rank
             for first in range(0, K, RIVALS):
                 j = first + tl.arange(0, RIVALS)
-                other_p, other_score, other_prompt, other_candidate = _load_responses(
-                    scores, prompts, sums_ptr, j, K, DTYPE
-                )
+                other_p, other_score, other_prompt, other_candidate = _load_responses(scores, prompts, sums_ptr, j, K)
                 a, b, c, d, e, f = _pairs(
                     p, score, prompt, candidate, i, other_p, other_score, other_prompt, other_candidate, j, DTYPE
                 )

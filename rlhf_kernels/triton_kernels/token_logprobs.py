@@ -150,7 +150,13 @@ def _block_sums_kernel(
 
 
 def fwd(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, with_entropy: bool
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    grad_buffer: Tensor | None = None,  # for the backward pass
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_range("token_logprobs", tokens, valid_tokens(tokens, mask), logits.shape[-1])
     logprobs = logits.new_empty(tokens.shape, dtype=compute_dtype(logits))
@@ -231,7 +237,7 @@ def _token_logprobs_bwd_kernel(
         tl.store(target, tl.zeros((BLOCK_V,), dlogits_ptr.dtype.element_ty), mask=v < V)
 
 
-def bwd(
+def bwd_out(
     logits: Tensor,
     tokens: Tensor,
     mask: Tensor | None,
@@ -241,10 +247,9 @@ def bwd(
     grad_entropy: Tensor | None,
     temperature: float,
     softcap: float | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`out` is contiguous and may be `logits` itself, where a caller owns them and is done with them."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    dlogits: Tensor,
+) -> None:
+    """`dlogits` may be the logits themselves: no program reads what another writes."""
     block, warps = block_of(logits)
     launch(
         _token_logprobs_bwd_kernel,
@@ -266,4 +271,19 @@ def bwd(
         SOFTCAP=softcap is not None,
         BLOCK_V=block,
     )
+
+
+def bwd(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    bwd_out(logits, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, dlogits)
     return dlogits
