@@ -206,7 +206,7 @@ def test_gradcheck(backend_name):
 def test_order_makes_no_difference(backend_name, responses, pairs, prompts, seed):
     """Responses and pairs shuffled, prompts renamed, responses added that stand in no pair."""
     torch.manual_seed(seed)
-    arguments, lists = pair_inputs(responses, pairs, prompts), list_inputs(responses, prompts)
+    given, lists = pair_inputs(responses, pairs, prompts), list_inputs(responses, prompts)
     order, among = torch.randperm(responses + 2), torch.randperm(pairs)
     place = order.argsort()
     scores = torch.cat([given["scores"], torch.full((2,), 77.0, dtype=torch.float64)])[order]
@@ -220,7 +220,7 @@ def test_order_makes_no_difference(backend_name, responses, pairs, prompts, seed
     shuffle = torch.randperm(responses)
     shuffled = {name: x[shuffle] for name, x in lists.items()} | {"prompts": 100 - lists["prompts"][shuffle]}
     for op, before, after, back in (
-        (rk.rm_pairwise_loss, arguments, moved, place[:responses]),
+        (rk.rm_pairwise_loss, given, moved, place[:responses]),
         (rk.rm_listwise_loss, lists, shuffled, shuffle.argsort()),
     ):
         expected, (expected_gradient,), _ = oracle.evaluate(op, before, ("scores",), {})

@@ -13,9 +13,7 @@ import test_fused_ppo_loss
 import test_linear_logprobs
 import test_policy_ref_logprobs
 import test_ppo_loss
-import test_rm_losses
 import test_rollout_advantages
-import test_rrhf_loss
 import test_token_logprobs
 from oracle import close
 
@@ -129,19 +127,6 @@ def test_attention_split_over_columns(monkeypatch, groups, dtype):
     for programs in (1, 10, 10**6):
         monkeypatch.setattr(kernels("attention_row"), "PROGRAMS", programs)
         agree(rk.attention_row, given, scale=0.3, window=150, **tolerance)
-
-
-def test_more_responses_than_a_tile():
-    """Comparisons of all with all, over several tiles and launches."""
-    agree(rk.rrhf_loss, test_rrhf_loss.inputs(150, 70, 20), ("logprobs",), length_power=0.7)
-    agree(rk.rm_pairwise_loss, test_rm_losses.pair_inputs(150, 200, 20), ("scores",), center_coef=0.01)
-    agree(rk.rm_pairwise_loss, test_rm_losses.pair_inputs(20, 200, 20), ("scores",))
-    agree(rk.rm_pairwise_loss, test_rm_losses.pair_inputs(150, 20, 3), ("scores",))
-    agree(rk.rm_listwise_loss, test_rm_losses.list_inputs(150, 20), ("scores",))
-    scores, targets = torch.randn(2, 1500, dtype=torch.float64)
-    agree(rk.rm_regression_loss, {"scores": scores, "targets": targets}, ("scores",))
-    for kind in ("grpo", "rloo", "dr_grpo"):
-        agree(rk.group_advantages, {"scores": scores[:150], "groups": torch.randint(9, (150,))}, kind=kind)
 
 
 def test_more_text_than_a_tile():
