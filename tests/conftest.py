@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads OpenMP; waiting threads spin otherwise
@@ -13,6 +14,11 @@ if not torch.cuda.is_available():  # read when a kernel is defined; the triton b
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
         import triton_interpreter  # noqa: F401
+
+if library := os.environ.get("RLHF_TEST_EXTENSION"):  # another build of the extension (tests/test_builds.py)
+    spec = importlib.util.spec_from_file_location("rlhf_kernels._C", library)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
 
 from oracle import BACKENDS, on_backend
 

@@ -73,6 +73,13 @@ def test_matches_formula(backend_name, shape, dtype):
         compare(rk.attention_row, formula, inputs(*shape, mask), dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("heads", ((1, 1), (4, 2), (10, 2), (20, 1)), ids=str)
+@pytest.mark.parametrize("dim", (64, 80, 128, 256, 320))
+def test_head_sizes_of_models(backend_name, dim, heads, dtype):
+    compare(rk.attention_row, formula, inputs(2, *heads, 70, dim), dtype=dtype)
+
+
 @pytest.mark.parametrize("sink", (False, True))
 @pytest.mark.parametrize("scalars", ({"scale": 0.3}, {"softcap": 1.5}, {"window": 3}, {"window": 100, "softcap": 4.0}))
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
