@@ -88,7 +88,7 @@ struct HeadSums {
 };
 
 template <typename scalar_t, typename T, int HEADS, int LANES, bool VECTOR>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     attention_scores_kernel(Problem<scalar_t> in, T* __restrict__ scores, Sums<T>* __restrict__ sums) {
   constexpr int items = 16 / sizeof(scalar_t), values = kKeys * HEADS, groups = kThreads / LANES;
   constexpr int owned = values > LANES ? values / LANES : 1, copies = values > LANES ? 1 : LANES / values;
