@@ -8,6 +8,7 @@
 #include <cooperative_groups.h>
 #include <torch/library.h>
 
+#include "ppo.h"
 #include "rewards.cuh"
 #include "scan.cuh"
 
@@ -51,7 +52,8 @@ std::tuple<at::Tensor, at::Tensor> token_rewards_cuda(const at::Tensor& scores, 
 template <typename T>
 struct RolloutOutputs {
   T *advantages, *returns, *rewards, *kl;
-  Spread<T>* spreads;  // one a block, of its advantages; null: not whitened
+  Spread<T>* spreads;  // one a block, of its advantages; null: not wanted
+  bool whiten;
 };
 
 template <typename T, int THREADS>
@@ -95,11 +97,13 @@ __global__ void __launch_bounds__(THREADS)
       if (out.spreads) spread = merged(spread, spread_of(advantages, keep));
     }
   }
+  const auto merge = [](const Spread<T>& a, const Spread<T>& b) { return merged(a, b); };
   T mean = 0, scale = 1;
   if (out.spreads) {
-    const auto merge = [](const Spread<T>& a, const Spread<T>& b) { return merged(a, b); };
     spread = block_reduce<THREADS>(spread, merge);
     if (threadIdx.x == 0) out.spreads[blockIdx.x] = spread;
+  }
+  if (out.whiten) {
     cooperative_groups::this_grid().sync();
     Spread<T> all{0, 0, 0};
     for (unsigned i = threadIdx.x; i < gridDim.x; i += THREADS) all = merged(all, out.spreads[i]);
@@ -110,7 +114,7 @@ __global__ void __launch_bounds__(THREADS)
   if (held < 0) return;
   for (int i = 0; i < kItems; ++i) advantages[i] = keep[i] ? (advantages[i] - mean) * scale : T(0);
   store_items(out.advantages + held * in.length, threadIdx.x * kItems, in.length, advantages);
-  if (!out.spreads) return;
+  if (!out.whiten) return;
   // What was written before the wait, latest first: it may still be in the cache.
   for (int64_t row = held; row >= 0; row -= gridDim.x) {
     T* const of_row = out.advantages + row * in.length;
@@ -127,32 +131,51 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rollout_advantages_cu
     const at::Tensor& scores, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
     const std::optional<at::Tensor>& attention, const at::Tensor& values, const at::Tensor& mask, double kl_coef,
     double beta, double gamma, double lam, std::string_view estimator, bool whiten) {
-  check_same_shape("rollout_advantages", "values", values, logprobs.sizes());
-  const c10::cuda::CUDAGuard guard(logprobs.device());
-  const auto options = logprobs.options().dtype(compute_type(logprobs));
-  at::Tensor advantages = at::empty(logprobs.sizes(), options), returns = at::empty_like(advantages);
-  at::Tensor rewards = at::empty_like(advantages), kl = at::empty_like(advantages), spreads;
-  AT_DISPATCH_FLOATING_TYPES(advantages.scalar_type(), "rollout_advantages", [&] {
-    const RewardInputs<scalar_t> in("rollout_advantages", scores, logprobs, ref_logprobs, attention, mask, nullptr,
-                                    kl_coef, beta, estimator);
-    RolloutOutputs<scalar_t> out{advantages.mutable_data_ptr<scalar_t>(), returns.mutable_data_ptr<scalar_t>(),
-                                 rewards.mutable_data_ptr<scalar_t>(), kl.mutable_data_ptr<scalar_t>(), nullptr};
-    with_threads_for(in.length, [&](auto threads) {
-      const auto kernel = rollout_advantages_kernel<scalar_t, threads>;
-      int64_t blocks = in.length ? in.batch : 0;
-      if (whiten) {
-        blocks = std::min(blocks, blocks_at_once(kernel, threads));
-        spreads = at::empty({blocks, 3}, options);
-        out.spreads = reinterpret_cast<Spread<scalar_t>*>(spreads.mutable_data_ptr<scalar_t>());
-      }
-      launch(kernel, dim3(blocks), threads, whiten, in, Plane<scalar_t>(values), static_cast<scalar_t>(gamma),
-             static_cast<scalar_t>(lam), out);
-    });
-  });
-  return {advantages, returns, rewards, kl};
+  const Rollout result =
+      rollout("rollout_advantages", scores, logprobs, ref_logprobs, attention, values, mask, nullptr, kl_coef, beta,
+              gamma, lam, estimator, whiten ? Whiten::yes : Whiten::no, true);
+  return {result.advantages, result.returns, result.rewards, result.kl};
 }
 
 }  // namespace
+
+Rollout rollout(const char* op, const at::Tensor& scores, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
+                const std::optional<at::Tensor>& attention, const at::Tensor& values, const at::Tensor& mask,
+                const at::Tensor* tokens, double kl_coef, double beta, double gamma, double lam,
+                std::string_view estimator, Whiten whiten, bool with_rewards) {
+  check_same_shape(op, "values", values, logprobs.sizes());
+  const c10::cuda::CUDAGuard guard(logprobs.device());
+  const auto options = logprobs.options().dtype(compute_type(logprobs));
+  Rollout result;
+  result.advantages = at::empty(logprobs.sizes(), options);
+  result.returns = at::empty_like(result.advantages);
+  if (with_rewards) {
+    result.rewards = at::empty_like(result.advantages);
+    result.kl = at::empty_like(result.advantages);
+  }
+  AT_DISPATCH_FLOATING_TYPES(result.advantages.scalar_type(), "rollout_advantages", [&] {
+    const RewardInputs<scalar_t> in(op, scores, logprobs, ref_logprobs, attention, mask, tokens, kl_coef, beta,
+                                    estimator);
+    RolloutOutputs<scalar_t> out{};
+    out.advantages = result.advantages.mutable_data_ptr<scalar_t>();
+    out.returns = result.returns.mutable_data_ptr<scalar_t>();
+    out.rewards = with_rewards ? result.rewards.mutable_data_ptr<scalar_t>() : nullptr;
+    out.kl = with_rewards ? result.kl.mutable_data_ptr<scalar_t>() : nullptr;
+    out.whiten = whiten == Whiten::yes;
+    with_threads_for(in.length, [&](auto threads) {
+      const auto kernel = rollout_advantages_kernel<scalar_t, threads>;
+      int64_t blocks = in.length ? in.batch : 0;
+      if (whiten != Whiten::no) {
+        blocks = std::min(blocks, blocks_at_once(kernel, threads));
+        result.spreads = at::empty({blocks, 3}, options);
+        out.spreads = reinterpret_cast<Spread<scalar_t>*>(result.spreads.template mutable_data_ptr<scalar_t>());
+      }
+      launch(kernel, dim3(blocks), threads, out.whiten, in, Plane<scalar_t>(values), static_cast<scalar_t>(gamma),
+             static_cast<scalar_t>(lam), out);
+    });
+  });
+  return result;
+}
 
 TORCH_LIBRARY_IMPL(rlhf_kernels_native, CUDA, m) {
   m.impl("token_rewards", token_rewards_cuda);
