@@ -7,8 +7,6 @@
 
 namespace rlhf_kernels {
 
-constexpr int kRowThreads = 512;
-
 // Row i of logits [..., V] whose leading dimensions are two strides apart.
 template <typename scalar_t>
 struct LogitRows {
@@ -38,17 +36,52 @@ inline at::Tensor as_rows(const at::Tensor& logits) {
   return dense.reshape({outer, logits.numel() ? inner : 0, logits.size(-1)});
 }
 
+// Which rows count, and the token of each.
+template <typename scalar_t>
+struct LogitProblem {
+  LogitRows<scalar_t> logits;
+  const int64_t* tokens;
+  const bool* mask;  // may be null
+
+  __device__ bool counts(int64_t i) const { return tokens[i] >= 0 && (!mask || mask[i]); }
+};
+
+// The tensors behind a LogitProblem, kept alive until its kernel has been launched.
+struct LogitInputs {
+  LogitInputs(const char* op, const at::Tensor& logits_in, const at::Tensor& tokens_in, const std::optional<at::Tensor>& mask_in)
+      : guard(logits_in.device()),
+        logits(as_rows(logits_in)),
+        tokens(tokens_in.to(at::kLong).contiguous()),
+        mask(mask_in ? mask_in->contiguous() : at::Tensor()) {
+    check_same_shape(op, "tokens", tokens_in, logits_in.sizes().slice(0, logits_in.dim() - 1));
+    if (mask_in) check_same_shape(op, "mask", *mask_in, tokens_in.sizes());
+  }
+
+  template <typename scalar_t>
+  LogitProblem<scalar_t> problem() const {
+    return {LogitRows<scalar_t>(logits), tokens.const_data_ptr<int64_t>(),
+            mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
+  }
+
+  c10::cuda::CUDAGuard guard;
+  at::Tensor logits, tokens, mask;
+};
+
 template <typename scalar_t>
 __device__ __forceinline__ bool on_vectors(const scalar_t* row) {
   return reinterpret_cast<uintptr_t>(row) % 16 == 0;
 }
 
-// The elements from `column` on in the arithmetic type; `beyond` past the end of the row.
-template <typename scalar_t, typename T, int N>
+// The elements from `column` on in the arithmetic type; `beyond` past the end of the row. LAST: nobody needs them again,
+// so they may leave the cache first.
+template <bool LAST, typename scalar_t, typename T, int N>
 __device__ __forceinline__ void load_logits(const scalar_t* row, bool vectors, int64_t column, int64_t vocabulary,
                                             T beyond, T (&out)[N]) {
   if (vectors && column + N <= vocabulary) {
-    const auto found = *reinterpret_cast<const Vector<scalar_t>*>(row + column);
+    const auto* place = reinterpret_cast<const uint4*>(row + column);
+    const uint4 bits = LAST ? __ldcs(place) : *place;
+    Vector<scalar_t> found;
+    memcpy(&found, &bits, sizeof(bits));
     for (int i = 0; i < N; ++i) out[i] = static_cast<T>(found.items[i]);
   } else {
     for (int i = 0; i < N; ++i) out[i] = column + i < vocabulary ? static_cast<T>(row[column + i]) : beyond;
@@ -61,7 +94,9 @@ __device__ __forceinline__ void store_logits(scalar_t* row, bool vectors, int64_
   if (vectors && column + N <= vocabulary) {
     Vector<scalar_t> narrow;
     for (int i = 0; i < N; ++i) narrow.items[i] = static_cast<scalar_t>(values[i]);
-    *reinterpret_cast<Vector<scalar_t>*>(row + column) = narrow;
+    uint4 bits;
+    memcpy(&bits, &narrow, sizeof(bits));
+    __stcs(reinterpret_cast<uint4*>(row + column), bits);  // it should not push logits out of the cache
   } else {
     for (int i = 0; i < N; ++i) {
       if (column + i < vocabulary) row[column + i] = static_cast<scalar_t>(values[i]);
@@ -80,8 +115,13 @@ struct Softmax {
   }
 };
 
-// Of the whole row, in all threads.
-template <int THREADS, bool ENTROPY, typename T, typename scalar_t>
+template <typename T>
+inline Softmax<T> softmax_of(double temperature, std::optional<double> softcap) {
+  return {static_cast<T>(1 / temperature), static_cast<T>(softcap.value_or(0))};
+}
+
+// Of the whole row, in all threads. AGAIN: it is read a second time soon.
+template <int THREADS, bool ENTROPY, bool AGAIN, typename T, typename scalar_t>
 __device__ Sums<T> row_sums(const scalar_t* row, int64_t vocabulary, const Softmax<T>& softmax) {
   constexpr int items = LogitRows<scalar_t>::items;
   constexpr T nothing = -std::numeric_limits<T>::infinity();
@@ -90,7 +130,7 @@ __device__ Sums<T> row_sums(const scalar_t* row, int64_t vocabulary, const Softm
 #pragma unroll 4
   for (int64_t column = threadIdx.x * items; column < vocabulary; column += THREADS * items) {
     T z[items];
-    load_logits(row, vectors, column, vocabulary, nothing, z);
+    load_logits<!AGAIN>(row, vectors, column, vocabulary, nothing, z);
     T highest = nothing;
     for (int i = 0; i < items; ++i) {
       z[i] = softmax.scaled(z[i]);
@@ -145,7 +185,7 @@ __device__ void write_gradient(const scalar_t* row, int64_t begin, int64_t end, 
 #pragma unroll 2
   for (int64_t column = begin + threadIdx.x * items; column < end; column += THREADS * items) {
     T x[items];
-    load_logits(row, vectors, column, vocabulary, nothing, x);
+    load_logits<true>(row, vectors, column, vocabulary, nothing, x);
     for (int i = 0; i < items; ++i) {
       const T z = softmax.scaled(x[i]), logp = z - base, p = exponential(logp);
       T dz = (column + i == token ? gradient.logprob : T(0)) - gradient.logprob * p;

@@ -21,6 +21,7 @@ struct TokenInputs {
   int64_t rows, columns;
   T low, high, dual_clip, cliprange_value, vf_coef, entropy_coef;  // the two clips below 0: none
   Plane<T> normalizer;
+  bool with_entropy;
 
   __device__ int64_t groups() const { return (columns + kItems - 1) / kItems; }
 };
@@ -73,7 +74,7 @@ __device__ void token_terms(const TokenInputs<T>& in, int64_t group, TokenGradie
   in.values.load(row, column, in.columns, keep, values);
   in.old_values.load(row, column, in.columns, keep, old_values);
   in.returns.load(row, column, in.columns, keep, returns);
-  if (in.entropy.data) in.entropy.load(row, column, in.columns, keep, entropy);
+  if (in.with_entropy) in.entropy.load(row, column, in.columns, keep, entropy);
   for (int i = 0; i < kItems; ++i) {
     // Two −∞ have no ratio: such a token could not be sampled, so it is taken out.
     counted[i] = keep[i] && !(logprobs[i] == nothing && old_logprobs[i] == nothing);
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
     masked += parts[i].masked;
   }
   const T n = static_cast<T>(counted > 0 ? counted : 1), n_masked = static_cast<T>(masked > 0 ? masked : 1);
-  const T total = in.normalizer.data ? in.normalizer.at(0, 0) : (in.entropy.data ? n_masked : n);
+  const T total = in.normalizer.data ? in.normalizer.at(0, 0) : (in.with_entropy ? n_masked : n);
   if (dlogprobs.data || dvalues.data) {
     for (int64_t group = held; group >= 0; group -= stride) {
       TokenSums<T> unused = TokenSums<T>::none();
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
   const T explained = all.targets.squares > 0 ? 1 - all.residuals.squares / all.targets.squares : T(0);
   *stats++ = all.policy / total;
   *stats++ = all.value / total;
-  if (in.entropy.data) *stats++ = all.entropy / n_masked;
+  if (in.with_entropy) *stats++ = all.entropy / n_masked;
   *stats++ = all.squared_log_ratio / 2 / n;
   *stats++ = all.above / n;
   *stats++ = all.below / n;
@@ -248,7 +249,8 @@ std::tuple<at::Tensor, at::Tensor> ppo_tokens(const char* op, const at::Tensor& 
                             static_cast<T>(scalars.cliprange_value.value_or(-1)),
                             static_cast<T>(scalars.vf_coef),
                             static_cast<T>(scalars.entropy_coef),
-                            divisor.defined() ? Plane<T>(divisor) : Plane<T>()};
+                            divisor.defined() ? Plane<T>(divisor) : Plane<T>(),
+                            entropy.has_value()};
     const auto kernel = ppo_loss_fwd_kernel<T>;
     const int64_t groups = in.rows * ((in.columns + kItems - 1) / kItems);
     const int64_t blocks =

@@ -9,20 +9,12 @@
 namespace rlhf_kernels {
 namespace {
 
+constexpr int kThreads = 512;
 constexpr int64_t kBlocks = 2048;  // of a backward pass: rows are split until there are about this many
 
-template <typename scalar_t>
-struct Problem {
-  LogitRows<scalar_t> logits;
-  const int64_t* tokens;
-  const bool* mask;  // may be null
-
-  __device__ bool counts(int64_t i) const { return tokens[i] >= 0 && (!mask || mask[i]); }
-};
-
 template <typename scalar_t, typename T, bool ENTROPY>
-__global__ void __launch_bounds__(kRowThreads)
-    token_logprobs_fwd_kernel(Problem<scalar_t> in, Softmax<T> softmax, T* __restrict__ logprobs,
+__global__ void __launch_bounds__(kThreads)
+    token_logprobs_fwd_kernel(LogitProblem<scalar_t> in, Softmax<T> softmax, T* __restrict__ logprobs,
                               T* __restrict__ entropy, T* __restrict__ lse) {
   const int64_t i = blockIdx.x;
   RowResult<T> result{0, 0, 0};
@@ -31,7 +23,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const scalar_t* row = in.logits.row(i);
     const bool outside = in.tokens[i] >= vocabulary;
     const T chosen = softmax.scaled(static_cast<T>(row[outside ? 0 : in.tokens[i]]));
-    result = row_result(row_sums<kRowThreads, ENTROPY, T>(row, vocabulary, softmax), chosen, outside);
+    result = row_result(row_sums<kThreads, ENTROPY, false, T>(row, vocabulary, softmax), chosen, outside);
   }
   if (threadIdx.x > 0) return;
   logprobs[i] = result.logprob;
@@ -40,49 +32,23 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 template <typename scalar_t, typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    token_logprobs_bwd_kernel(Problem<scalar_t> in, Softmax<T> softmax, const T* __restrict__ lse,
+__global__ void __launch_bounds__(kThreads)
+    token_logprobs_bwd_kernel(LogitProblem<scalar_t> in, Softmax<T> softmax, const T* __restrict__ lse,
                               const T* __restrict__ entropy, const T* __restrict__ grad_logprobs,
                               const T* __restrict__ grad_entropy, int64_t columns, scalar_t* dlogits) {
   const int64_t i = blockIdx.x, vocabulary = in.logits.vocabulary;
   const int64_t begin = blockIdx.y * columns, end = begin + columns < vocabulary ? begin + columns : vocabulary;
   scalar_t* target = dlogits + i * vocabulary;
-  if (!in.counts(i)) return write_zeros<kRowThreads>(begin, end, vocabulary, target);
+  if (!in.counts(i)) return write_zeros<kThreads>(begin, end, vocabulary, target);
   const RowGradient<T> gradient{grad_logprobs ? grad_logprobs[i] : T(0), grad_entropy ? grad_entropy[i] : T(0)};
-  write_gradient<kRowThreads>(in.logits.row(i), begin, end, vocabulary, in.tokens[i], softmax, lse[i],
+  write_gradient<kThreads>(in.logits.row(i), begin, end, vocabulary, in.tokens[i], softmax, lse[i],
                               grad_entropy ? entropy[i] : T(0), gradient, target);
-}
-
-// The tensors behind a Problem, kept alive until its kernel has been launched.
-struct Inputs {
-  Inputs(const at::Tensor& logits_in, const at::Tensor& tokens_in, const std::optional<at::Tensor>& mask_in)
-      : guard(logits_in.device()),
-        logits(as_rows(logits_in)),
-        tokens(tokens_in.to(at::kLong).contiguous()),
-        mask(mask_in ? mask_in->contiguous() : at::Tensor()) {
-    check_same_shape("token_logprobs", "tokens", tokens_in, logits_in.sizes().slice(0, logits_in.dim() - 1));
-    if (mask_in) check_same_shape("token_logprobs", "mask", *mask_in, tokens_in.sizes());
-  }
-
-  template <typename scalar_t>
-  Problem<scalar_t> problem() const {
-    return {LogitRows<scalar_t>(logits), tokens.const_data_ptr<int64_t>(),
-            mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
-  }
-
-  c10::cuda::CUDAGuard guard;
-  at::Tensor logits, tokens, mask;
-};
-
-template <typename T>
-Softmax<T> softmax_of(double temperature, std::optional<double> softcap) {
-  return {static_cast<T>(1 / temperature), static_cast<T>(softcap.value_or(0))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_fwd_cuda(
     const at::Tensor& logits, const at::Tensor& tokens, const std::optional<at::Tensor>& mask, double temperature,
     std::optional<double> softcap, bool with_entropy, const std::optional<at::Tensor>&) {
-  const Inputs inputs(logits, tokens, mask);
+  const LogitInputs inputs("token_logprobs", logits, tokens, mask);
   const auto options = logits.options().dtype(compute_type(logits));
   at::Tensor logprobs = at::empty(tokens.sizes(), options), lse = at::empty_like(logprobs);
   at::Tensor entropy = at::empty(with_entropy ? tokens.sizes() : at::IntArrayRef{0}, options);
@@ -90,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_fwd_cuda(
     using T = at::opmath_type<scalar_t>;
     const auto kernel = with_entropy ? token_logprobs_fwd_kernel<scalar_t, T, true>
                                      : token_logprobs_fwd_kernel<scalar_t, T, false>;
-    launch(kernel, dim3(tokens.numel()), kRowThreads, false, inputs.problem<scalar_t>(),
+    launch(kernel, dim3(tokens.numel()), kThreads, false, inputs.problem<scalar_t>(),
            softmax_of<T>(temperature, softcap), logprobs.mutable_data_ptr<T>(), entropy.mutable_data_ptr<T>(),
            lse.mutable_data_ptr<T>());
   });
@@ -103,7 +69,7 @@ void token_logprobs_bwd_out_cuda(const at::Tensor& logits, const at::Tensor& tok
                                  const at::Tensor& entropy, const std::optional<at::Tensor>& grad_logprobs,
                                  const std::optional<at::Tensor>& grad_entropy, double temperature,
                                  std::optional<double> softcap, at::Tensor& dlogits) {
-  const Inputs inputs(logits, tokens, mask);
+  const LogitInputs inputs("token_logprobs", logits, tokens, mask);
   const auto type = compute_type(logits);
   const auto prepared = [&](const std::optional<at::Tensor>& tensor) {
     if (!tensor) return at::Tensor();
@@ -115,10 +81,10 @@ void token_logprobs_bwd_out_cuda(const at::Tensor& logits, const at::Tensor& tok
   const int64_t rows = std::max<int64_t>(tokens.numel(), 1), vocabulary = logits.size(-1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "token_logprobs_bwd", [&] {
     using T = at::opmath_type<scalar_t>;
-    const int64_t tile = kRowThreads * LogitRows<scalar_t>::items, tiles = (vocabulary + tile - 1) / tile;
+    const int64_t tile = kThreads * LogitRows<scalar_t>::items, tiles = (vocabulary + tile - 1) / tile;
     const int64_t splits = std::clamp<int64_t>(kBlocks / rows, 1, tiles), columns = (tiles + splits - 1) / splits * tile;
     launch(token_logprobs_bwd_kernel<scalar_t, T>, dim3(tokens.numel(), (vocabulary + columns - 1) / columns),
-           kRowThreads, false, inputs.problem<scalar_t>(), softmax_of<T>(temperature, softcap),
+           kThreads, false, inputs.problem<scalar_t>(), softmax_of<T>(temperature, softcap),
            saved_lse.const_data_ptr<T>(), saved_entropy.const_data_ptr<T>(),
            grad.defined() ? grad.const_data_ptr<T>() : nullptr, grad_h.defined() ? grad_h.const_data_ptr<T>() : nullptr,
            columns, dlogits.mutable_data_ptr<scalar_t>());

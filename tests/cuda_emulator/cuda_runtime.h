@@ -45,6 +45,16 @@ struct alignas(16) uint4 {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;  // set before a fiber runs on
 
+template <typename T>
+T __ldcs(const T* place) {
+  return *place;
+}
+
+template <typename T>
+void __stcs(T* place, T value) {
+  *place = value;
+}
+
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // --------------------------------------------------------------------------------------------------- the runtime API
@@ -52,7 +62,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-constexpr int cudaDevAttrMultiProcessorCount = 16;
+constexpr int cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38;
 constexpr int cudaLaunchAttributeCooperative = 2;
 
 struct cudaLaunchAttribute {
