@@ -38,12 +38,12 @@ def extension() -> dict:
     kind = CppExtension
     if cuda and CUDA_HOME and torch.version.cuda:
         kind = CUDAExtension
-        arguments["nvcc"] = ["-O3", "-std=c++20", "--use_fast_math", "-lineinfo"]
+        arguments["nvcc"] = ["-O3", "-std=c++20", "-lineinfo"]
     else:
         cuda = []
     # -fopenmp only when compiling: the runtime is the one torch has already loaded, so there is one thread pool.
     sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), *cuda]
-    headers = sorted(map(str, Path("csrc").glob("**/*.h")))
+    headers = sorted(str(path) for path in Path("csrc").glob("**/*") if path.suffix in (".h", ".cuh"))
     module = kind(
         "rlhf_kernels._C",
         sources,

@@ -7,7 +7,6 @@
 // own. What it cannot show: speed, and races between blocks or within the steps of a warp.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <torch/library.h>
 #include <ucontext.h>
 
@@ -23,7 +22,8 @@
 #include <tuple>
 #include <vector>
 
-#define CUDA CPU  // the dispatch key of TORCH_LIBRARY_IMPL
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(library, key, m) _TORCH_LIBRARY_IMPL(library, CPU, m, C10_UID)
 #define __global__
 #define __device__
 #define __host__
@@ -112,7 +112,6 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   const Barrier* waits_for = nullptr;
   uint64_t generation = 0;
   unsigned exchanges = 0;
@@ -139,6 +138,7 @@ struct Block {
 };
 
 inline thread_local Block* block = nullptr;
+inline thread_local std::vector<std::unique_ptr<char[]>> stacks;  // kept: fresh memory costs more than a kernel
 
 inline Fiber& fiber() { return block->fibers[block->current]; }
 
@@ -164,19 +164,21 @@ inline void run_fiber() {
   }
 }
 
+inline void prepare(ucontext_t& context, char* stack) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = &block->scheduler;
+  makecontext(&context, run_fiber, 0);
+}
+
 inline void run_block(unsigned threads, std::barrier<>* grid, const std::function<void()>& kernel) {
   const char* order = std::getenv("CUDA_EMULATOR_ORDER");
   const bool reverse = order && std::string_view(order) == "reverse";
   Block here{kernel, grid, threads};
   block = &here;
-  for (Fiber& each : here.fibers) {
-    each.stack = std::make_unique_for_overwrite<char[]>(kStack);
-    getcontext(&each.context);
-    each.context.uc_stack.ss_sp = each.stack.get();
-    each.context.uc_stack.ss_size = kStack;
-    each.context.uc_link = &here.scheduler;
-    makecontext(&each.context, run_fiber, 0);
-  }
+  while (stacks.size() < threads) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStack));
+  for (unsigned i = 0; i < threads; ++i) prepare(here.fibers[i].context, stacks[i].get());
   while (here.alive > 0) {
     bool progress = false;
     for (unsigned i = 0; i < threads; ++i) {
