@@ -20,9 +20,10 @@ STEMS = sorted(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Times the ops beside their peers.")
     parser.add_argument("ops", nargs="*", metavar="op", help=f"which ones, all by default: {', '.join(STEMS)}")
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s here)")
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: does it run at all?")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case is begun after so many")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of these results")
     parser.add_argument("--readme", action="store_true", help="only write benchmarks/results/*.json into README.md")
@@ -41,24 +42,38 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme:
         report.update_readme()
         return 0
-    results = run(options.ops or STEMS, options.device, options.threads, options.quick)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no GPU here")
+    stems = [stem for stem in STEMS if stem in options.ops] or STEMS
+    results = run(stems, options.device, options.threads, options.quick, options.seconds, options.json)
     print(report.table(results))
-    if options.json:
-        report.write(options.json, results)
     return 1 if any(refused(row) for row in results["rows"]) else 0
 
 
-def run(stems: list[str], device: str, threads: int, quick: bool) -> dict:
+def run(
+    stems: list[str], device: str, threads: int, quick: bool, seconds: float = float("inf"), json: Path | None = None
+) -> dict:
+    """The first case of every op, then the second of those that have one …; `json` is written anew after each."""
+    begin = time.perf_counter()
     torch.set_num_threads(threads)
     results = {"machine": machine.environment(device), "ceilings": machine.ceilings(device), "rows": []}
-    for stem in stems:
-        bench = harness.load(stem)
-        for case in bench.cases():
-            if case.quick == quick:
-                start = time.perf_counter()
-                rows = harness.run_case(stem, bench, case, device, results["ceilings"], budget=0.3 if quick else 4.0)
-                results["rows"] += map(asdict, rows)
-                print(f"{stem} {case}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    listed = {stem: [case for case in harness.load(stem).cases() if case.runs(device, quick)] for stem in stems}
+    jobs = [(number, stem, case) for stem, cases in listed.items() for number, case in enumerate(cases)]
+    budget = 0.3 if quick else {"cpu": 4.0, "cuda": 1.5}[device]
+    for _, stem, case in sorted(jobs, key=lambda job: job[0]):
+        start = time.perf_counter()
+        if start - begin > seconds:
+            rows = [harness.Row(stem, str(case), f"{case}", "missing: no time was left")]
+        else:
+            try:
+                rows = harness.run_case(stem, harness.load(stem), case, device, results["ceilings"], budget)
+            except torch.OutOfMemoryError as error:  # of the inputs or the fp64 truth; a provider's is its own failure
+                rows = [harness.Row(stem, str(case), f"{case}", f"missing: {harness.first_line(error)}")]
+        results["rows"] += map(asdict, rows)
+        results["rows"].sort(key=lambda row: stems.index(row["op"]))
+        print(f"{stem} {case}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        if json:
+            report.write(json, results)
     return results
 
 

@@ -13,7 +13,11 @@ from .harness import Case, Work
 
 
 def cases() -> list[Case]:
-    return [Case({"B": 64, "Tr": 256, "Tp": 300}), Case({"B": 3, "Tr": 12, "Tp": 14}, quick=True)]
+    return [
+        Case({"B": 64, "Tr": 256, "Tp": 300}),
+        Case({"B": 3, "Tr": 12, "Tp": 14}, quick=True),
+        Case({"B": 256, "Tr": 1024, "Tp": 1200}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

@@ -12,11 +12,14 @@ import rlhf_kernels as rk
 
 from .harness import Case, Work
 
+GRAPHED = True
+
 
 def cases() -> list[Case]:
     return [
         Case({"B": 8, "Hq": 16, "Hkv": 4, "D": 64, "T": 2048}),
         Case({"B": 2, "Hq": 4, "Hkv": 2, "D": 16, "T": 64}, quick=True),
+        Case({"B": 64, "Hq": 32, "Hkv": 8, "D": 128, "T": 2048}, torch.bfloat16, device="cuda"),
     ]
 
 

@@ -5,6 +5,9 @@ each row a second time, from a cache as long as the rows that are worked on at o
 B·T-sized.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ import rlhf_kernels as rk
 from .bench_gae import padded_mask
 from .bench_ppo_loss import plain as ppo_loss
 from .bench_rollout_advantages import plain_with_loop
-from .bench_token_logprobs import logprobs
+from .bench_token_logprobs import logprobs, logprobs_in_slices
 from .harness import Case, Work
 
 KL_COEF, BETA = 0.05, 0.8
@@ -24,6 +27,7 @@ def cases() -> list[Case]:
         Case({"B": 16, "T": 64, "V": 50257}),
         Case({"B": 16, "T": 64, "V": 50257}, torch.bfloat16),
         Case({"B": 4, "T": 8, "V": 1009}, quick=True),
+        Case({"B": 16, "T": 512, "V": 128256}, torch.bfloat16, device="cuda"),
     ]
 
 
@@ -54,7 +58,7 @@ def ours(case: Case):
 
 
 def formula(case: Case):
-    return plain
+    return functools.partial(plain, logprobs=logprobs_in_slices)
 
 
 def peers(case: Case):
@@ -71,6 +75,7 @@ def plain(
     values: Tensor,
     old_values: Tensor,
     mask: Tensor,
+    logprobs: Callable[[Tensor, Tensor], Tensor] = logprobs,
 ) -> Tensor:
     advantages, returns, _, _ = plain_with_loop(scores, old_logprobs, ref_logprobs, attention, old_values, mask)
     now = logprobs(logits, tokens)

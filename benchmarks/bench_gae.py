@@ -13,11 +13,17 @@ import rlhf_kernels as rk
 from .harness import Case, Work
 
 GAMMA, LAM = 1.0, 0.95
+GRAPHED = True
 UNROLLED = "it unrolls the loop over T, which takes it minutes"
 
 
 def cases() -> list[Case]:
-    return [Case({"B": 512, "T": 2048}), Case({"B": 8, "T": 64}, quick=True)]
+    return [
+        Case({"B": 512, "T": 2048}),
+        Case({"B": 8, "T": 64}, quick=True),
+        Case({"B": 64, "T": 2048}, device="cuda"),
+        Case({"B": 512, "T": 2048}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ GROUP = 8
 
 
 def cases() -> list[Case]:
-    return [Case({"B": 8192}), Case({"B": 32}, quick=True)]
+    return [Case({"B": 8192}), Case({"B": 32}, quick=True), Case({"B": 8192}, device="cuda")]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .bench_token_logprobs import logprobs
-from .harness import Case, Work
+from .harness import Case, Work, sliced
 
 
 def cases() -> list[Case]:
@@ -22,6 +22,8 @@ def cases() -> list[Case]:
         Case({"N": 1024, "H": 1024, "V": 50257}, torch.bfloat16),
         Case({"N": 32, "H": 16, "V": 1009}, quick=True),
         Case({"N": 32, "H": 16, "V": 1009}, variant="frozen head", quick=True),
+        Case({"N": 8192, "H": 4096, "V": 128256}, torch.bfloat16, device="cuda"),
+        Case({"N": 8192, "H": 4096, "V": 128256}, torch.bfloat16, "frozen head", device="cuda"),
     ]
 
 
@@ -56,7 +58,7 @@ def ours(case: Case):
 
 
 def formula(case: Case):
-    return plain
+    return plain_in_slices
 
 
 def peers(case: Case):
@@ -70,6 +72,10 @@ def peers(case: Case):
 
 def plain(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     return logprobs(F.linear(hidden, weight), tokens)
+
+
+def plain_in_slices(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    return sliced(lambda x, y, w: plain(x, w, y), weight.shape[0], hidden, tokens, whole=(weight,))
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ forward and backward together. Beside them ours writes each chunk of fp32 logits
 writes the gradient over it, which two products read: 12 bytes an element and 3 times the gradient's size.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ import rlhf_kernels as rk
 
 from .bench_linear_logprobs import inputs as linear_inputs
 from .bench_linear_logprobs import plain as linear_logprobs
+from .bench_linear_logprobs import plain_in_slices as linear_logprobs_in_slices
 from .bench_ppo_loss import CLIPRANGE
 from .harness import Case, Work
 
@@ -21,6 +25,7 @@ def cases() -> list[Case]:
         Case({"N": 1024, "H": 1024, "V": 50257}),
         Case({"N": 1024, "H": 1024, "V": 50257}, torch.bfloat16),
         Case({"N": 32, "H": 16, "V": 1009}, quick=True),
+        Case({"N": 8192, "H": 4096, "V": 128256}, torch.bfloat16, device="cuda"),
     ]
 
 
@@ -48,7 +53,7 @@ def ours(case: Case):
 
 
 def formula(case: Case):
-    return plain
+    return functools.partial(plain, linear_logprobs=linear_logprobs_in_slices)
 
 
 def peers(case: Case):
@@ -56,7 +61,13 @@ def peers(case: Case):
 
 
 def plain(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    linear_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_logprobs,
 ) -> Tensor:
     ratio = (linear_logprobs(hidden, weight, tokens) - old_logprobs).exp()
     loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIPRANGE, 1 + CLIPRANGE))

@@ -15,10 +15,16 @@ from .bench_gae import padded_mask
 from .harness import Case, Work
 
 CLIPRANGE, CLIPRANGE_VALUE, VF_COEF = 0.2, 0.2, 0.1
+GRAPHED = True
 
 
 def cases() -> list[Case]:
-    return [Case({"B": 512, "T": 2048}), Case({"B": 8, "T": 64}, quick=True)]
+    return [
+        Case({"B": 512, "T": 2048}),
+        Case({"B": 8, "T": 64}, quick=True),
+        Case({"B": 64, "T": 2048}, device="cuda"),
+        Case({"B": 1024, "T": 32768}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

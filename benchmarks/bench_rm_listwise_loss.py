@@ -15,7 +15,7 @@ GROUP = 8
 
 
 def cases() -> list[Case]:
-    return [Case({"K": 1024}), Case({"K": 32}, quick=True)]
+    return [Case({"K": 1024}), Case({"K": 32}, quick=True), Case({"K": 1024}, device="cuda")]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

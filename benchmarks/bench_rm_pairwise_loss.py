@@ -15,7 +15,11 @@ from .harness import Case, Work
 
 
 def cases() -> list[Case]:
-    return [Case({"K": 4096, "P": 8192}), Case({"K": 32, "P": 16}, quick=True)]
+    return [
+        Case({"K": 4096, "P": 8192}),
+        Case({"K": 32, "P": 16}, quick=True),
+        Case({"K": 4096, "P": 8192}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

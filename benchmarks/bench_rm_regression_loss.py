@@ -13,7 +13,7 @@ from .harness import Case, Work
 
 
 def cases() -> list[Case]:
-    return [Case({"K": 1 << 20}), Case({"K": 32}, quick=True)]
+    return [Case({"K": 1 << 20}), Case({"K": 32}, quick=True), Case({"K": 1 << 24}, device="cuda")]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

@@ -15,10 +15,16 @@ from .bench_gae import GAMMA, LAM, UNROLLED, loop, padded_mask
 from .harness import Case, Work
 
 KL_COEF, BETA = 0.05, 0.8
+GRAPHED = True
 
 
 def cases() -> list[Case]:
-    return [Case({"B": 512, "T": 2048}), Case({"B": 8, "T": 64}, quick=True)]
+    return [
+        Case({"B": 512, "T": 2048}),
+        Case({"B": 8, "T": 64}, quick=True),
+        Case({"B": 64, "T": 2048}, device="cuda"),
+        Case({"B": 1024, "T": 32768}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:
@@ -56,7 +62,7 @@ def plain_with_loop(
     shares = shares / shares.sum(-1, keepdim=True)
     rewards = BETA * shares * scores[:, None] - KL_COEF * kl
     last = mask.sum(-1) - 1
-    rewards[torch.arange(len(scores)), last] += (1 - BETA) * scores
+    rewards[torch.arange(len(scores), device=mask.device), last] += (1 - BETA) * scores
     advantages, returns = loop(rewards, values, mask)
     count = weight.sum()
     mean = advantages.sum() / count

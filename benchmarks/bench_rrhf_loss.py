@@ -16,7 +16,11 @@ GROUP = 4  # responses of a prompt
 
 
 def cases() -> list[Case]:
-    return [Case({"K": 256, "T": 1024}), Case({"K": 16, "T": 32}, quick=True)]
+    return [
+        Case({"K": 256, "T": 1024}),
+        Case({"K": 16, "T": 32}, quick=True),
+        Case({"K": 1024, "T": 2048}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

@@ -16,7 +16,11 @@ BETA = 0.5
 
 
 def cases() -> list[Case]:
-    return [Case({"N": 256, "V": 50257}), Case({"N": 16, "V": 1009}, quick=True)]
+    return [
+        Case({"N": 256, "V": 50257}),
+        Case({"N": 16, "V": 1009}, quick=True),
+        Case({"N": 2048, "V": 128256}, torch.bfloat16, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Work
+from .harness import Case, Work, sliced
 
 
 def cases() -> list[Case]:
@@ -23,6 +23,9 @@ def cases() -> list[Case]:
         Case({"N": 64, "V": 1009}, quick=True),
         Case({"N": 64, "V": 1009}, torch.bfloat16, "entropy", quick=True),
         Case({"N": 64, "V": 1009}, variant="given buffer", quick=True),
+        Case({"N": 8192, "V": 128256}, torch.bfloat16, device="cuda"),
+        Case({"N": 2048, "V": 128256}, device="cuda"),
+        Case({"N": 8192, "V": 128256}, torch.bfloat16, "entropy", device="cuda"),
     ]
 
 
@@ -48,11 +51,12 @@ def ours(case: Case):
 
 
 def formula(case: Case):
-    return logprobs_entropy if case.variant == "entropy" else logprobs
+    return logprobs_entropy_in_slices if case.variant == "entropy" else logprobs_in_slices
 
 
 def peers(case: Case):
-    return {"torch eager": formula(case), "torch.compile": torch.compile(formula(case), dynamic=False)}
+    plain = logprobs_entropy if case.variant == "entropy" else logprobs
+    return {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
 
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -62,6 +66,14 @@ def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 def logprobs_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     everything = log_softmax(logits)
     return everything.gather(-1, tokens[..., None]).squeeze(-1), -(everything.exp() * everything).sum(-1)
+
+
+def logprobs_in_slices(logits: Tensor, tokens: Tensor) -> Tensor:
+    return sliced(logprobs, logits[0].numel(), logits, tokens)
+
+
+def logprobs_entropy_in_slices(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return sliced(logprobs_entropy, logits[0].numel(), logits, tokens)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

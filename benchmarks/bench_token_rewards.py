@@ -13,9 +13,16 @@ from .bench_gae import padded_mask
 from .bench_rollout_advantages import BETA, KL_COEF
 from .harness import Case, Work
 
+GRAPHED = True
+
 
 def cases() -> list[Case]:
-    return [Case({"B": 512, "T": 2048}), Case({"B": 8, "T": 64}, quick=True)]
+    return [
+        Case({"B": 512, "T": 2048}),
+        Case({"B": 8, "T": 64}, quick=True),
+        Case({"B": 64, "T": 2048}, device="cuda"),
+        Case({"B": 1024, "T": 32768}, device="cuda"),
+    ]
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:

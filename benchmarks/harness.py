@@ -1,23 +1,29 @@
 """Runs one bench_<stem> module: every provider is checked against fp64, and only what is right is timed."""
 
 import contextlib
+import functools
 import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import rlhf_kernels as rk
 
 from . import machine
+from .clock import Clock, clock_of
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+SLICE_ELEMENTS = 1 << 27  # of the largest tensor of a formula in fp64: 1 GiB
+PIECE_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 26}  # compared at a time; the CPU's stay in the cache: 7 × as fast
+GRAPHED_BELOW = 0.25  # seconds; what takes longer is not bound by its launches, or has too many for a graph
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,14 @@ class Case:
     dtype: torch.dtype = torch.float32
     variant: str = ""
     quick: bool = False  # run by --quick, and only by it
+    device: str = "cpu"  # the one it is sized for; a quick case runs on any
 
     def __str__(self) -> str:
         sizes = (f"{name}={size}" for name, size in self.sizes.items())
         return " ".join([*sizes, machine.short(self.dtype), *([self.variant] if self.variant else [])])
+
+    def runs(self, device: str, quick: bool) -> bool:
+        return self.quick if quick else not self.quick and self.device == device
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Row:
     case: str
     provider: str
     status: str  # "ok", or "missing: …", "failed: …", "wrong: …" of a provider that was not timed
-    phase: str = ""
+    phase: str = ""  # "fwd", "bwd", "fwd+bwd", or "graph": the last of the others as replay of a CUDA graph
     median_ms: float | None = None
     quartiles_ms: list[float] = field(default_factory=list)
     rounds: int = 0
@@ -79,9 +89,11 @@ def load(stem: str) -> ModuleType:
 
 
 def providers(stem: str, bench: ModuleType, case: Case, device: str) -> list[Provider]:
-    """Ours on every backend that this device could have, then the peers."""
+    """Ours on every backend that this device could have, the one that would run first, then the peers."""
     found = []
-    for backend in rk.backend.PREFERENCE[device]:
+    table = rk.backend.table(device)
+    chosen = next(table[op] for op in (stem, f"{stem}_fwd") if op in table)
+    for backend in sorted(rk.backend.PREFERENCE[device], key=lambda backend: backend != chosen):
         there = rk.backend.has(stem, backend, device)
         missing = "" if there else f"this build has no {backend} kernel of {stem} on {device}"
         found.append(Provider(f"ours {backend}", bench.ours(case), backend, missing))
@@ -123,75 +135,165 @@ def truth_of(formula: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[lis
     return results_of(drawing, exact, upstream), upstream
 
 
-def fault(provider: Provider, inputs: Sequence[Tensor], upstream: Sequence[Tensor], truth: Sequence[Tensor]) -> str:
-    """What is wrong with the provider's results and gradients; empty if nothing is."""
+def sliced(function: Callable[..., Any], width: int, *rows: Tensor, whole: Sequence[Tensor] = ()) -> Any:
+    """`function(*rows, *whole)` of independent rows, a slice of them at a time, computed again for the gradient.
+
+    The same results in less memory: what the formula keeps would not fit a GPU in fp64. `width`: how many elements a
+    row has in the formula's largest tensor.
+    """
+    size = max(1, SLICE_ELEMENTS // width)
+    if len(rows[0]) <= size:
+        return function(*rows, *whole)
+    parts = [
+        checkpoint(function, *part, *whole, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(*(x.split(size) for x in rows))
+    ]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
+
+
+def fault(
+    provider: Provider,
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    rough: Callable[[], Sequence[Tensor]] | None = None,
+    relative: float = 0.0,
+) -> str:
+    """What is wrong with the provider's results and gradients; empty if nothing is.
+
+    `rough` gives the results of the formula in the case's own dtype; it is asked only where `truth` is missed.
+    """
     try:
         with provider.context():
             results = results_of(provider.call, inputs, upstream)
     except RuntimeError as error:  # no C++ compiler for torch.compile, no memory for a T×T map
-        return f"failed: {str(error).strip().splitlines()[0]}" if str(error).strip() else "failed: RuntimeError"
+        return f"failed: {first_line(error)}"
     if [x.shape for x in results] != [x.shape for x in truth]:
         return f"wrong: shapes {[tuple(x.shape) for x in results]} should be {[tuple(x.shape) for x in truth]}"
     for number, (got, exact) in enumerate(zip(results, truth)):
-        if places := places_off(got, exact):
+        places = places_off(got, exact, relative=relative)
+        if places and rough is not None:
+            places = places_off(got, exact, rough()[number], relative)
+        if places:
             return f"wrong: result {number} is off in {places} of {exact.numel()} places"
     return ""
 
 
-def places_off(got: Tensor, exact: Tensor) -> int:
-    """How many elements are wrong: NaN, or off by more than 1e-5 of the true value or the rounding of their own dtype,
-    if that is coarser, and by more than 1e-5 of the root mean square (for values near zero).
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def places_off(got: Tensor, exact: Tensor, rough: Tensor | None = None, relative: float = 0.0) -> int:
+    """How many elements are wrong: NaN, or off by more than `relative` (at least 1e-5, and the rounding of their own
+    dtype) of the true value and 1e-5 of the root mean square (for values near zero), and, where given, twice the
+    largest error of `rough` in the same row.
+
+    `rough` is plain torch in the case's own dtype. A gradient that the tensor cores make of bf16 operands is off by
+    2⁻⁸ of the sum of its terms' sizes, not of the sum; differences of large terms are so in fp32. How much that is, the
+    plain formula shows, row by row, since one row's gradient may be a thousand times another's.
     """
-    relative = max(1e-5, torch.finfo(got.dtype).eps)
+    relative = max(1e-5, torch.finfo(got.dtype).eps, relative)
     near_zero = 1e-5 * exact.norm() / max(exact.numel(), 1) ** 0.5
-    size = 1 << 15  # the temporaries stay in the cache: seven times as fast as the whole at once
-    parts = zip(got.reshape(-1).split(size), exact.reshape(-1).split(size))
-    return sum(int((~((a.double() - b).abs() <= relative * b.abs() + near_zero)).sum()) for a, b in parts)
+    wrong = 0
+    for a, b, c in zip(pieces(got), pieces(exact), pieces(exact if rough is None else rough)):
+        allowed = relative * b.abs() + near_zero
+        if rough is not None:
+            allowed += 2 * (c.double() - b).abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
+        wrong += int((~((a.double() - b).abs() <= allowed)).sum())
+    return wrong
+
+
+def pieces(x: Tensor) -> Iterator[Tensor]:
+    """The rows of x, so many at a time that temporaries are small."""
+    if x.numel():
+        rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, -1)
+        yield from rows.split(max(1, PIECE_ELEMENTS[x.device.type] // rows.shape[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- the timing
 
 
-def timed(provider: Provider, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> dict[str, float]:
+def timed(
+    provider: Provider,
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    clock: Clock,
+    graph: "torch.cuda.CUDAGraph | None" = None,
+) -> dict[str, float]:
     """Seconds of one run of each pass; results are freed outside the measured time."""
     leaves = leaves_of(inputs)
     with provider.context():
         with torch.no_grad():
-            start = time.perf_counter()
+            clock.evict()
+            start = clock.mark()
             outputs = outputs_of(provider.call, inputs)
-            seconds = {"fwd": time.perf_counter() - start}
+            seconds = {"fwd": clock.seconds(start, clock.mark())}
         del outputs
         if leaves:
-            start = time.perf_counter()
+            clock.evict()
+            start = clock.mark()
             outputs = outputs_of(provider.call, inputs)
-            middle = time.perf_counter()
+            middle = clock.mark()
             grads = torch.autograd.grad(outputs, leaves, upstream)
-            end = time.perf_counter()
-            seconds |= {"bwd": end - middle, "fwd+bwd": end - start}
+            end = clock.mark()
+            seconds |= {"bwd": clock.seconds(middle, end), "fwd+bwd": clock.seconds(start, end)}
             del outputs, grads
+    if graph:
+        clock.evict()
+        start = clock.mark()
+        graph.replay()
+        seconds["graph"] = clock.seconds(start, clock.mark())
     return seconds
 
 
+def captured(
+    provider: Provider, inputs: Sequence[Tensor], upstream: Sequence[Tensor], clock: Clock
+) -> "torch.cuda.CUDAGraph | None":
+    """The whole call (with its backward pass) as a CUDA graph; None for a slow one, a RuntimeError if it cannot be."""
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    with torch.cuda.stream(main), provider.context():  # a capture that fails leaves its stream current
+        start = clock.mark()
+        results_of(provider.call, inputs, upstream)
+        if clock.seconds(start, clock.mark()) > GRAPHED_BELOW:
+            return None
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            results_of(provider.call, inputs, upstream)
+        main.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results_of(provider.call, inputs, upstream)
+    return graph
+
+
 def interleaved(
-    runners: Sequence[Provider], inputs: Sequence[Tensor], upstream: Sequence[Tensor], budget: float
+    runners: Sequence[Provider],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    budget: float,
+    clock: Clock,
+    graphs: "dict[str, torch.cuda.CUDAGraph]",
 ) -> dict[str, list[dict[str, float]]]:
     """Rounds in which every provider runs once, each round led by another one: noise hits all of them alike."""
     samples: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in runners}
     for provider in runners:  # warm-up; compiles the pass without gradients, which the gate may not have run
-        timed(provider, inputs, upstream)
+        timed(provider, inputs, upstream, clock)
     start = time.perf_counter()
     for number in range(MAX_ROUNDS):
-        if number >= MIN_ROUNDS and time.perf_counter() - start > budget:
+        spent = time.perf_counter() - start
+        if spent > budget and (number >= MIN_ROUNDS or (number >= 2 and spent > 10 * budget)):
             break
         first = number % max(len(runners), 1)
         for provider in (*runners[first:], *runners[:first]):
-            samples[provider.name].append(timed(provider, inputs, upstream))
+            samples[provider.name].append(timed(provider, inputs, upstream, clock, graphs.get(provider.name)))
     return samples
 
 
-def peak_extra_mib(provider: Provider, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> float | None:
+def peak_extra_mib(
+    provider: Provider, inputs: Sequence[Tensor], upstream: Sequence[Tensor], device: str
+) -> float | None:
     with provider.context():
-        rise = machine.peak_extra_bytes(lambda: results_of(provider.call, inputs, upstream))
+        rise = machine.peak_extra_bytes(lambda: results_of(provider.call, inputs, upstream), device)
     return None if rise is None else rise / 2**20
 
 
@@ -201,21 +303,40 @@ def run_case(
     """Check, warm up and time every provider of one case; `budget` is seconds of timing."""
     torch.compiler.reset()  # a case is compiled for its own shape, whatever was compiled before
     torch.manual_seed(0)
-    inputs = [x.to(device) for x in bench.inputs(case)]
-    truth, upstream = truth_of(bench.formula(case), inputs)
+    clock = clock_of(device)
+    with torch.device(device):  # only here: a default device costs time in every call of torch
+        inputs = bench.inputs(case)
+        candidates = providers(stem, bench, case, device)
+    works = bench.work(case)
+    formula = bench.formula(case)
+    truth, upstream = truth_of(formula, inputs)
+    rough = functools.cache(lambda: results_of(formula, inputs, upstream))
+    relative = torch.finfo(case.dtype).eps if any(work.flops for work in works.values()) else 0.0
     rows, runners = [], []
-    for provider in providers(stem, bench, case, device):
-        status = f"missing: {provider.missing}" if provider.missing else fault(provider, inputs, upstream, truth)
+    for provider in candidates:
+        if provider.missing:
+            status = f"missing: {provider.missing}"
+        else:
+            status = fault(provider, inputs, upstream, truth, rough, relative)
         if status:
             rows.append(Row(stem, str(case), provider.name, status))
             print(f"  {provider.name}: {status}", file=sys.stderr)
         else:
             runners.append(provider)
-    del truth
-    memory = {provider.name: peak_extra_mib(provider, inputs, upstream) for provider in runners}
-    samples = interleaved(runners, inputs, upstream, budget)
+    del truth, rough
+    memory = {provider.name: peak_extra_mib(provider, inputs, upstream, device) for provider in runners}
+    graphs = {}
+    for provider in runners if device == "cuda" and getattr(bench, "GRAPHED", False) else ():
+        try:
+            if graph := captured(provider, inputs, upstream, clock):
+                graphs[provider.name] = graph
+        except RuntimeError as error:
+            status = f"failed: it cannot be captured in a CUDA graph: {first_line(error)}"
+            rows.append(Row(stem, str(case), provider.name, status, "graph"))
+    samples = interleaved(runners, inputs, upstream, budget, clock, graphs)
     for provider in runners:
-        for phase, work in bench.work(case).items():
+        whole = {"graph": list(works.values())[-1]} if provider.name in graphs else {}
+        for phase, work in (works | whole).items():
             row = Row(stem, str(case), provider.name, "ok", phase, peak_extra_mib=memory[provider.name])
             rows.append(measured(row, [sample[phase] for sample in samples[provider.name]], work, case, ceilings))
     return rows
@@ -223,7 +344,7 @@ def run_case(
 
 def measured(row: Row, seconds: list[float], work: Work, case: Case, ceilings: dict[str, float]) -> Row:
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    reading = work.bytes / ceilings["read"]
+    reading = work.bytes / max(ceilings["read"], ceilings.get("copy", 0.0))
     products = work.flops / ceilings.get(f"matmul {machine.short(case.dtype)}", ceilings["matmul fp32"])
     limit = max(reading, products)
     row.median_ms, row.quartiles_ms, row.rounds = 1e3 * median, [1e3 * low, 1e3 * high], len(seconds)

@@ -9,20 +9,22 @@ import platform
 import re
 import shlex
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from .clock import Clock, clock_of
+
 STREAM_BYTES = 1 << 30  # far beyond any cache
-MATMUL_SIZE = 2048
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def environment(device: str) -> dict[str, str | int | float]:
     """What a reader needs to know to compare two results."""
     return {
         "device": device,
+        **(_gpu() if device == "cuda" else {}),
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -35,6 +37,22 @@ def environment(device: str) -> dict[str, str | int | float]:
         "extension": _extension(),
         "commit": _first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _gpu() -> dict[str, str | int | float]:
+    properties = torch.cuda.get_device_properties()
+    triton = importlib.util.find_spec("triton")
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": properties.L2_cache_size // 2**20,
+        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "power_limit": _first_line(["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"]),
+        "cuda": torch.version.cuda or "none",
+        "triton": importlib.import_module("triton").__version__ if triton else "none",
     }
 
 
@@ -54,29 +72,41 @@ def _extension() -> str:
 def _first_line(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except FileNotFoundError:
+    except OSError:  # not there, or not allowed
         return f"no {command[0]}"
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else "unknown"
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """The rates that an op is held against: bytes per second of reading memory, FLOP per second of matrix products."""
+    """The rates that an op is held against: bytes per second of memory, FLOP per second of matrix products.
+
+    "read" reads; "copy" counts the bytes read and the bytes written. Operands are random: zeros use less power, so
+    they are multiplied at a higher clock. "matmul fp32" is without tf32.
+    """
+    clock = clock_of(device)
+    torch.set_float32_matmul_precision("highest")
     stream = torch.ones(STREAM_BYTES // 4, device=device)
-    rates = {"read": STREAM_BYTES / _fastest(stream.sum)}
+    copy = torch.empty_like(stream)
+    rates = {
+        "read": STREAM_BYTES / _fastest(stream.sum, clock),
+        "copy": 2 * STREAM_BYTES / _fastest(lambda: copy.copy_(stream), clock),
+    }
+    size = MATMUL_SIZE[device]
     for dtype in (torch.float32, torch.bfloat16):
-        square = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
-        rates[f"matmul {short(dtype)}"] = 2 * MATMUL_SIZE**3 / _fastest(lambda square=square: square @ square)
+        square = torch.randn(size, size, device=device).to(dtype)
+        rates[f"matmul {short(dtype)}"] = 2 * size**3 / _fastest(lambda square=square: square @ square, clock)
     return rates
 
 
-def _fastest(call: Callable[[], object], repetitions: int = 10) -> float:
+def _fastest(call: Callable[[], object], clock: Clock, repetitions: int = 10) -> float:
     """Seconds of the fastest run: a ceiling is what was reached at all."""
     call()
     seconds = []
     for _ in range(repetitions):
-        start = time.perf_counter()
+        clock.evict()
+        start = clock.mark()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock.seconds(start, clock.mark()))
     return min(seconds)
 
 
@@ -84,13 +114,21 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int | None:
-    """How far the process's resident memory rose above where it stood before `call`, results of the call included.
+def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """How far memory rose above where it stood before `call`, results of the call included.
 
-    The kernel's own high-water mark, so it sees what any allocator takes, in whole pages. It is reset before the call
-    and freed memory is handed back, so what an earlier call left behind cannot serve this one for nothing. None where
-    this is not Linux with glibc.
+    On a GPU what torch's allocator handed out. On a CPU the process's resident memory by the kernel's own high-water
+    mark, so it sees what any allocator takes, in whole pages; it is reset before the call and freed memory is handed
+    back, so what an earlier call left behind cannot serve this one for nothing. None where this is not Linux with
+    glibc.
     """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        kept = call()
+        rise = torch.cuda.max_memory_allocated() - allocated
+        del kept
+        return rise
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return None
     ctypes.CDLL(None).malloc_trim(0)

@@ -8,7 +8,13 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-COLUMNS = ("ours native", "ours torch", "torch eager", "torch.compile")  # every other provider shares a column
+# Every other provider shares a column.
+COLUMNS = {
+    "cpu": ("ours native", "ours torch", "torch eager", "torch.compile"),
+    "cuda": ("ours triton", "ours native", "ours torch", "torch eager", "torch.compile"),
+}
+VERBS = {"read": "reading", "copy": "copying"}
+NO_GPU = "GPU speed is not yet measured."
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -29,39 +35,48 @@ def read(path: Path) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown: the machine, a line per op, case and pass, and who is missing or was refused."""
     machine, ceilings = results["machine"], results["ceilings"]
-    rates = [f"reading {ceilings['read'] / 1e9:.1f} GB/s"]
-    rates += [f"{name} {rate / 1e12:.2g} TFLOP/s" for name, rate in ceilings.items() if name != "read"]
+    columns = COLUMNS[machine["device"]]
+    rates = [f"{verb} {ceilings[name] / 1e9:.1f} GB/s" for name, verb in VERBS.items() if name in ceilings]
+    rates += [f"{name} {_digits(rate / 1e12)} TFLOP/s" for name, rate in ceilings.items() if name not in VERBS]
     lines = [
-        f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads on {machine['cores']} cores, "
-        f"torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}, {machine['date'][:10]}. "
-        f"Ceilings measured in the same run: {', '.join(rates)}.",
+        f"{_hardware(machine)}, torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}, "
+        f"{machine['date'][:10]}. Ceilings measured in the same run: {', '.join(rates)}.",
         "",
         "Milliseconds, median ± half the interquartile range. GB/s (TFLOP/s) and share of the limit are ours, for the "
         "work that cannot be avoided at the measured ceiling; over 100 % means from a cache. Extra memory is the peak "
         "of the whole call above what stood before it, results included: ours, and the leanest peer's.",
         "",
-        f"| op | case | pass | {' | '.join(COLUMNS)} | other | × the fastest peer | rate | of the limit | extra MiB |",
-        f"|---|---|---|{'--:|' * len(COLUMNS)}---|--:|--:|--:|--:|",
+        f"| op | case | pass | {' | '.join(columns)} | other | × the fastest peer | rate | of the limit | extra MiB |",
+        f"|---|---|---|{'--:|' * len(columns)}---|--:|--:|--:|--:|",
     ]
     groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
         if row["status"] == "ok":
             groups.setdefault((row["op"], row["case"], row["phase"]), {})[row["provider"]] = row
-    lines += [_line(*key, found) for key, found in groups.items()]
+    lines += [_line(columns, *key, found) for key, found in groups.items()]
     notes = {f"- {row['op']}, {row['provider']}: {row['status']}" for row in results["rows"] if row["status"] != "ok"}
     return "\n".join([*lines, *(["", "Not timed:", "", *sorted(notes)] if notes else [])])
 
 
-def _line(op: str, case: str, phase: str, found: dict[str, dict[str, Any]]) -> str:
-    cells = [_milliseconds(found[name]) if name in found else "–" for name in COLUMNS]
-    others = [f"{_milliseconds(row)} {name}" for name, row in found.items() if name not in COLUMNS]
+def _hardware(machine: dict[str, Any]) -> str:
+    if machine["device"] == "cuda":
+        return (
+            f"{machine['gpu']} ({machine['memory_gib']:.0f} GiB, L2 {machine['l2_mib']} MiB, "
+            f"{machine['power_limit']}), driver {machine['driver']}, CUDA {machine['cuda']}, Triton {machine['triton']}"
+        )
+    return f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads on {machine['cores']} cores"
+
+
+def _line(columns: tuple[str, ...], op: str, case: str, phase: str, found: dict[str, dict[str, Any]]) -> str:
+    cells = [_milliseconds(found[name]) if name in found else "–" for name in columns]
+    others = [f"{_milliseconds(row)} {name}" for name, row in found.items() if name not in columns]
     line = [f"`{op}`", case, phase, *cells, "<br>".join(others) or "–"]
     ours = next((row for name, row in found.items() if name.startswith("ours")), None)  # the backend that would run
     peers = [row for name, row in found.items() if not name.startswith("ours")]
     if ours is None or not peers:
         return f"| {' | '.join([*line, *['–'] * 4])} |"
     gain = min(row["median_ms"] for row in peers) / ours["median_ms"]
-    rate = f"{ours['tflop_per_s']:.2g} TFLOP/s" if ours["gb_per_s"] is None else f"{_digits(ours['gb_per_s'])} GB/s"
+    rate = f"{_digits(ours['tflop_per_s'])} TFLOP/s" if ours["gb_per_s"] is None else f"{_digits(ours['gb_per_s'])} GB/s"
     memory = [row["peak_extra_mib"] for row in (ours, *peers) if row["peak_extra_mib"] is not None]
     extra = f"{_digits(memory[0])} / {_digits(min(memory[1:]))}" if len(memory) == 1 + len(peers) else "–"
     return f"| {' | '.join([*line, f'{_digits(gain)}×', rate, format(ours['share'], '.0%'), extra])} |"
@@ -93,9 +108,12 @@ def split_readme() -> tuple[str, str, str]:
 
 
 def rendered() -> str:
-    """What should stand between the markers: the table of every file in results/."""
-    tables = [table(read(path)) for path in sorted(FOLDER.glob("*.json"))]
-    return "".join(f"\n{part}\n" for part in tables) or "\n"
+    """What should stand between the markers: the table of every file in results/ under the name of its device."""
+    found = [read(path) for path in sorted(FOLDER.glob("*.json"))]
+    parts = [f"\n### {results['machine'].get('gpu') or 'CPU'}\n\n{table(results)}\n" for results in found]
+    if all(results["machine"]["device"] == "cpu" for results in found):
+        parts.append(f"\n### GPU\n\n{NO_GPU}\n")
+    return "".join(parts)
 
 
 def update_readme() -> None:

@@ -1,4 +1,7 @@
-"""What every test runs under: NaN in fresh memory, fixed seeds, one of the three backends."""
+"""What every test runs under: NaN in fresh memory, fixed seeds, one of the three backends.
+
+RLHF_TEST_DEVICE=cuda makes the tensors of the tests on a GPU, where Triton's kernels are compiled, not interpreted.
+"""
 
 import importlib.util
 import os
@@ -10,10 +13,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads Ope
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when a kernel is defined; the triton backend then takes CPU tensors
+if device := os.environ.get("RLHF_TEST_DEVICE"):
+    torch.set_default_device(device)  # before the modules of the tests make tensors
+if torch.get_default_device().type == "cpu":  # read when a kernel is defined; the triton backend then takes CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
         import triton_interpreter  # noqa: F401
+else:
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise the same bits
 
 if library := os.environ.get("RLHF_TEST_EXTENSION"):  # another build of the extension (tests/test_builds.py)
     spec = importlib.util.spec_from_file_location("rlhf_kernels._C", library)

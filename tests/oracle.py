@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 import rlhf_kernels as rk
 
+DEVICE = torch.get_default_device().type  # "cpu", or what RLHF_TEST_DEVICE says
 BACKENDS = ("torch", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "sliced", "transposed")
@@ -29,8 +30,8 @@ property_test = settings(
 @contextlib.contextmanager
 def on_backend(name, *ops):
     for op in ops:
-        if not rk.backend.has(op, name, "cpu"):
-            pytest.skip(f"no {name} kernel for {op} on cpu")
+        if not rk.backend.has(op, name, DEVICE):
+            pytest.skip(f"no {name} kernel for {op} on {DEVICE}")
     with rk.use_backend(name):
         yield
 
@@ -101,7 +102,7 @@ def evaluate(function, inputs, wrt, scalars, differentiable=None, grad_layout="c
     outputs = flatten(function(**leaves, **scalars))
     if differentiable is None:
         differentiable = [i for i, output in enumerate(outputs) if output.requires_grad]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     weights = [torch.randint(1, 9, x.shape, generator=generator).to(x.dtype) / 8 for x in outputs]
     gradients = []
     if wrt:
@@ -170,6 +171,11 @@ def _assert_within(what, actual, exact, eager, rtol, atol):
     allowed = atol + rtol * exact.abs() + slack
     worst = (error - allowed).nan_to_num(math.inf).max() if exact.numel() else -1
     assert worst <= 0, f"{what}: off by {error.max():.3g}, allowed {allowed.max():.3g}"
+
+
+def refuses(message):
+    """A ValueError that needs a look at the data: the host sees a CPU's, for a GPU's it would have to wait."""
+    return pytest.raises(ValueError, match=message) if DEVICE == "cpu" else contextlib.nullcontext()
 
 
 def close(actual, expected, **tolerance):

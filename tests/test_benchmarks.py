@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from benchmarks import harness, machine, report
+from benchmarks import clock, harness, machine, report
 from benchmarks.__main__ import STEMS, main
 
 CEILINGS = {"read": 10e9, "matmul fp32": 1e12}
@@ -231,6 +231,7 @@ def timing(provider, median, **more):
 
 RESULTS = {
     "machine": {
+        "device": "cpu",
         "cpu": "A processor",
         "instructions": "AVX512",
         "threads": 2,
@@ -249,6 +250,36 @@ RESULTS = {
         {"op": "gae", "case": "B=2 T=3 fp32", "provider": "Liger", "status": "missing: not installed", "phase": ""},
     ],
 }
+
+GPU_RESULTS = {
+    "machine": RESULTS["machine"]
+    | {
+        "device": "cuda",
+        "gpu": "NVIDIA X",
+        "memory_gib": 139.8,
+        "l2_mib": 50,
+        "power_limit": "700.00 W",
+        "driver": "570.1",
+        "cuda": "12.8",
+        "triton": "3.6.0",
+    },
+    "ceilings": {"read": 4.0e12, "copy": 4.1e12, "matmul fp32": 50e12, "matmul bf16": 700e12},
+    "rows": [timing("ours triton", 4.0), timing("ours native", 8.0), timing("torch eager", 6.0)],
+}
+
+
+def test_table_of_a_gpu():
+    lines = report.table(GPU_RESULTS).splitlines()
+    assert lines[0] == (
+        "NVIDIA X (140 GiB, L2 50 MiB, 700.00 W), driver 570.1, CUDA 12.8, Triton 3.6.0, torch 2.13.0, Python 3.11.7, "
+        "commit abc, 2026-01-02. Ceilings measured in the same run: reading 4000.0 GB/s, copying 4100.0 GB/s, "
+        "matmul fp32 50.0 TFLOP/s, matmul bf16 700 TFLOP/s."
+    )
+    assert (
+        "| `gae` | B=2 T=3 fp32 | fwd | 4.0 ± 2.0 | 8.0 ± 2.0 | – | 6.0 ± 2.0 | – | – | 1.5× | 5.0 GB/s | 50% "
+        "| 4.0 / 6.0 |"
+    ) in lines
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
 def test_table_of_known_numbers():
@@ -276,8 +307,18 @@ def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
     report.README.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.write(tmp_path / "cpu.json", RESULTS)
     assert main(["--readme"]) == 0
-    wanted = f"before\n{report.BEGIN}\n{report.table(RESULTS)}\n{report.END}\nafter\n"
+    cpu = f"\n### CPU\n\n{report.table(RESULTS)}\n"
+    wanted = f"before\n{report.BEGIN}{cpu}\n### GPU\n\n{report.NO_GPU}\n{report.END}\nafter\n"
     assert report.README.read_text() == wanted
+    report.write(tmp_path / "gpu.json", GPU_RESULTS)
+    assert main(["--readme"]) == 0
+    gpu = f"\n### NVIDIA X\n\n{report.table(GPU_RESULTS)}\n"
+    assert report.README.read_text() == f"before\n{report.BEGIN}{cpu}{gpu}{report.END}\nafter\n"
+
+
+def test_readme_says_that_no_gpu_was_measured_as_long_as_none_was():
+    measured = [report.read(path)["machine"]["device"] for path in report.FOLDER.glob("*.json")]
+    assert report.README.read_text().count(report.NO_GPU) == ("cuda" not in measured)
 
 
 def test_readme_is_in_step_with_the_results():

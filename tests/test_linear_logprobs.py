@@ -107,8 +107,8 @@ def test_forbidden_tokens(backend_name):
 
 def test_token_out_of_range(backend_name):
     given = inputs((2, 3), 4, 7) | {"tokens": torch.full((2, 3), 8), "mask": torch.ones(2, 3)}
-    with pytest.raises(ValueError, match=r"logprobs: tokens must be below V = 7, got 8$"):
-        rk.linear_logprobs(**given)
+    with oracle.refuses(r"logprobs: tokens must be below V = 7, got 8$"):
+        assert rk.linear_logprobs(**given).isnan().all()
 
 
 def test_logits_stay_in_fp32(backend_name):
@@ -129,7 +129,7 @@ def test_autocast(backend_name):
     expected, expected_gradients, _ = oracle.evaluate(rk.linear_logprobs_entropy, rounded, WRT, {})
 
     def op(**arguments):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(oracle.DEVICE, torch.bfloat16):
             return rk.linear_logprobs_entropy(**arguments)
 
     values, gradients, _ = oracle.evaluate(op, given, WRT, {})
@@ -169,13 +169,14 @@ def test_batch_makes_no_difference(backend_name, rows, columns, left, right, see
 
 
 def products(given, wrt, op=rk.linear_logprobs, **scalars):
-    """Matrix products of all live rows in the forward and in the backward pass, for the gradients in `wrt`."""
+    """Matrix products of all rows that the host knows to count, forward and backward, for the gradients in `wrt`."""
     leaves = {name: x.detach().requires_grad_() if name in wrt else x for name, x in given.items()}
     kept = []
     forward = oracle.product_flops(lambda: kept.append(op(**leaves, **scalars)))
     output = sum(x.sum() for x in oracle.flatten(kept) if x.requires_grad)
     backward = oracle.product_flops(output.backward) if wrt else 0
-    one = 2 * int(given["mask"].sum()) * given["weight"].numel()
+    rows = int(given["mask"].sum()) if oracle.DEVICE == "cpu" else given["mask"].numel()
+    one = 2 * rows * given["weight"].numel()
     return forward / one, backward / one
 
 
@@ -211,8 +212,8 @@ def test_max_tokens(backend_name):
         actual = oracle.evaluate(rk.linear_logprobs_entropy, given, WRT, {"max_tokens": bound})
         for a, b in zip(actual[0] + actual[1], expected[0] + expected[1]):
             close(a, b, rtol=1e-12, atol=1e-14)
-    with pytest.raises(ValueError, match=rf"^linear_logprobs: max_tokens must be at least {count}, the tokens that co"):
-        rk.linear_logprobs(**given, max_tokens=count - 1)
+    with oracle.refuses(rf"^linear_logprobs: max_tokens must be at least {count}, the tokens that co"):
+        assert rk.linear_logprobs(**given, max_tokens=count - 1).isnan().sum() == 1
     with pytest.raises(ValueError, match=r"^linear_logprobs: max_tokens must be at least 0, got -1$"):
         rk.linear_logprobs(**given, max_tokens=-1)
     with pytest.raises(ValueError, match=r"^linear_logprobs: memory_budget must be greater than 0, got 0$"):

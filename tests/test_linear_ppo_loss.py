@@ -176,7 +176,7 @@ def test_autocast(backend_name):
     expected, expected_gradients, _ = oracle.evaluate(rk.linear_ppo_loss, rounded, WRT, SCALARS)
 
     def op(**arguments):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(oracle.DEVICE, torch.bfloat16):
             return rk.linear_ppo_loss(**arguments)
 
     values, gradients, _ = oracle.evaluate(op, given, WRT, SCALARS)
@@ -208,7 +208,7 @@ def test_number_of_products(budget):
 
 
 def test_rows_without_a_gradient_are_left_out():
-    """Zero advantages and held ratios: their rows are in the logits' product and in no other."""
+    """Zero advantages and held ratios: their rows are in the logits' product and in no other that the host cuts."""
     given = {name: x for name, x in inputs((4, 25), 8, 64, "all").items() if name not in ("bias", "ref_logprobs")}
     logprobs = oracle.token_logprobs(F.linear(given["hidden"], given["weight"]), given["tokens"])
     given["advantages"] = torch.ones(4, 25, dtype=torch.float64)
@@ -217,7 +217,7 @@ def test_rows_without_a_gradient_are_left_out():
     given["old_logprobs"][0] -= 1  # ratio e, held at 1.2
     moving = 3 * 20
     with oracle.on_backend("triton", *OPS):
-        expected = 1 + 2 * moving / 100
+        expected = 1 + 2 * moving / 100 if oracle.DEVICE == "cpu" else 3
         assert products(given, ("hidden", "weight"), rk.linear_ppo_loss) == (expected, 0)
         actual = oracle.evaluate(rk.linear_ppo_loss, given, WRT[:2], {})
     exact = oracle.evaluate(formula, given, WRT[:2], {}, actual[2])
@@ -232,7 +232,5 @@ def test_max_tokens(backend_name):
     actual = oracle.evaluate(rk.linear_ppo_loss, given, WRT, {**SCALARS, "max_tokens": count})
     for a, b in zip(actual[0] + actual[1], expected[0] + expected[1]):
         close(a, b, rtol=1e-12, atol=1e-14)
-    with pytest.raises(
-        ValueError, match=rf"^linear_ppo_loss: max_tokens must be at least {count}, the tokens that cou"
-    ):
-        rk.linear_ppo_loss(**given, max_tokens=count - 1)
+    with oracle.refuses(rf"^linear_ppo_loss: max_tokens must be at least {count}, the tokens that cou"):
+        assert rk.linear_ppo_loss(**given, max_tokens=count - 1)[0].isnan()

@@ -96,8 +96,8 @@ def test_int32_tokens_float_masks_and_negative_tokens(backend_name):
 
 def test_token_out_of_range(backend_name):
     logits, tokens = torch.randn(2, 3, 7), torch.full((2, 3), 9)
-    with pytest.raises(ValueError, match=r"^token_logprobs: tokens must be below V = 7, got 9$"):
-        rk.token_logprobs(logits, tokens)
+    with oracle.refuses(r"^token_logprobs: tokens must be below V = 7, got 9$"):
+        assert rk.token_logprobs(logits, tokens).isnan().all()
     assert (rk.token_logprobs(logits, tokens, torch.zeros(2, 3)) == 0).all()  # never read where masked
 
 
@@ -153,6 +153,8 @@ def test_offsets_beyond_32_bits(backend_name, tmp_path):
     """The last row of more than 2³¹ logits, in a sparse file of which nothing else is read."""
     if backend_name == "torch":
         pytest.skip("the torch backend copies the logits")
+    if oracle.DEVICE != "cpu":
+        pytest.skip("a GPU reads no sparse file; test_gpu.py has logits of that size")
     rows, vocabulary = 2**11 + 1, 2**20
     logits = torch.from_file(str(tmp_path / "logits"), True, rows * vocabulary, dtype=torch.bfloat16)
     logits = logits.view(rows, vocabulary)

@@ -17,9 +17,7 @@ import test_rollout_advantages
 import test_token_logprobs
 from oracle import close
 
-pytestmark = pytest.mark.skipif(
-    not rk.backend.has("gae", "triton", "cuda" if torch.cuda.is_available() else "cpu"), reason="no Triton"
-)
+pytestmark = pytest.mark.skipif(not rk.backend.has("gae", "triton", oracle.DEVICE), reason="no Triton")
 
 
 def kernels(stem):
