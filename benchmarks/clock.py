@@ -9,6 +9,8 @@ EVICTION_BYTES = 256 << 20  # at least; more where the L2 is larger
 
 
 class CpuClock:
+    captures = False
+
     def evict(self) -> None:
         """A CPU's caches are left as they are: the cases are larger, or say what they are."""
 
@@ -25,6 +27,8 @@ class CudaClock:
     The GPU is still at the eviction when a call's first launches are queued, as it is at earlier work in training; of
     a call that launches more slowly than the GPU works the launches show. A captured graph has none.
     """
+
+    captures = True  # there are CUDA graphs
 
     def __init__(self) -> None:
         l2 = torch.cuda.get_device_properties().L2_cache_size

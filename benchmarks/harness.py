@@ -185,18 +185,23 @@ def first_line(error: Exception) -> str:
 
 def places_off(got: Tensor, exact: Tensor, rough: Tensor | None = None, relative: float = 0.0) -> int:
     """How many elements are wrong: NaN, or off by more than `relative` (at least 1e-5, and the rounding of their own
-    dtype) of the true value and 1e-5 of the root mean square (for values near zero), and, where given, twice the
-    largest error of `rough` in the same row.
+    dtype) of the true value and 1e-5 of the root mean square (for values near zero).
 
-    `rough` is plain torch in the case's own dtype. A gradient that the tensor cores make of bf16 operands is off by
-    2⁻⁸ of the sum of its terms' sizes, not of the sum; differences of large terms are so in fp32. How much that is, the
-    plain formula shows, row by row, since one row's gradient may be a thousand times another's.
+    `relative` is the rounding of the operands of matrix products: what tensor cores make of bf16 is off by a share of
+    the terms, not of their sum, and some peers round the terms twice or the sum of every chunk again. So a row of a
+    gradient may also be off by four times that share of its own largest value (3 % in bf16); its own, since another
+    row's may be a thousand times as large.
+    `rough`, plain torch in the case's own dtype, shows what else rounding does (logits in bf16, differences of large
+    fp32 terms): twice its largest error in the same row is allowed.
     """
+    products = 4 * relative if got.ndim > 1 else 0.0
     relative = max(1e-5, torch.finfo(got.dtype).eps, relative)
     near_zero = 1e-5 * exact.norm() / max(exact.numel(), 1) ** 0.5
     wrong = 0
     for a, b, c in zip(pieces(got), pieces(exact), pieces(exact if rough is None else rough)):
         allowed = relative * b.abs() + near_zero
+        if products:
+            allowed += products * b.abs().amax(-1, keepdim=True)
         if rough is not None:
             allowed += 2 * (c.double() - b).abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
         wrong += int((~((a.double() - b).abs() <= allowed)).sum())
@@ -326,7 +331,7 @@ def run_case(
     del truth, rough
     memory = {provider.name: peak_extra_mib(provider, inputs, upstream, device) for provider in runners}
     graphs = {}
-    for provider in runners if device == "cuda" and getattr(bench, "GRAPHED", False) else ():
+    for provider in runners if clock.captures and getattr(bench, "GRAPHED", False) else ():
         try:
             if graph := captured(provider, inputs, upstream, clock):
                 graphs[provider.name] = graph

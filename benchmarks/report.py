@@ -49,13 +49,30 @@ def table(results: dict[str, Any]) -> str:
         f"| op | case | pass | {' | '.join(columns)} | other | × the fastest peer | rate | of the limit | extra MiB |",
         f"|---|---|---|{'--:|' * len(columns)}---|--:|--:|--:|--:|",
     ]
-    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in results["rows"]:
-        if row["status"] == "ok":
-            groups.setdefault((row["op"], row["case"], row["phase"]), {})[row["provider"]] = row
-    lines += [_line(columns, *key, found) for key, found in groups.items()]
+    lines += [_line(columns, *key, found) for key, found in groups(results["rows"]).items()]
     notes = {f"- {row['op']}, {row['provider']}: {row['status']}" for row in results["rows"] if row["status"] != "ok"}
     return "\n".join([*lines, *(["", "Not timed:", "", *sorted(notes)] if notes else [])])
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
+    """(op, case, phase) → the timed rows by provider."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault((row["op"], row["case"], row["phase"]), {})[row["provider"]] = row
+    return found
+
+
+def split(found: dict[str, dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Ours on the backend that would run, and the peers."""
+    ours = next((row for name, row in found.items() if name.startswith("ours")), None)
+    return ours, [row for name, row in found.items() if not name.startswith("ours")]
+
+
+def gain(found: dict[str, dict[str, Any]]) -> float | None:
+    """How many times as fast as the fastest peer ours is."""
+    ours, peers = split(found)
+    return min(row["median_ms"] for row in peers) / ours["median_ms"] if ours and peers else None
 
 
 def _hardware(machine: dict[str, Any]) -> str:
@@ -71,15 +88,16 @@ def _line(columns: tuple[str, ...], op: str, case: str, phase: str, found: dict[
     cells = [_milliseconds(found[name]) if name in found else "–" for name in columns]
     others = [f"{_milliseconds(row)} {name}" for name, row in found.items() if name not in columns]
     line = [f"`{op}`", case, phase, *cells, "<br>".join(others) or "–"]
-    ours = next((row for name, row in found.items() if name.startswith("ours")), None)  # the backend that would run
-    peers = [row for name, row in found.items() if not name.startswith("ours")]
-    if ours is None or not peers:
+    ours, peers = split(found)
+    times = gain(found)
+    if ours is None or times is None:
         return f"| {' | '.join([*line, *['–'] * 4])} |"
-    gain = min(row["median_ms"] for row in peers) / ours["median_ms"]
-    rate = f"{_digits(ours['tflop_per_s'])} TFLOP/s" if ours["gb_per_s"] is None else f"{_digits(ours['gb_per_s'])} GB/s"
+    rate = (
+        f"{_digits(ours['tflop_per_s'])} TFLOP/s" if ours["gb_per_s"] is None else f"{_digits(ours['gb_per_s'])} GB/s"
+    )
     memory = [row["peak_extra_mib"] for row in (ours, *peers) if row["peak_extra_mib"] is not None]
     extra = f"{_digits(memory[0])} / {_digits(min(memory[1:]))}" if len(memory) == 1 + len(peers) else "–"
-    return f"| {' | '.join([*line, f'{_digits(gain)}×', rate, format(ours['share'], '.0%'), extra])} |"
+    return f"| {' | '.join([*line, f'{_digits(times)}×', rate, format(ours['share'], '.0%'), extra])} |"
 
 
 def _milliseconds(row: dict[str, Any]) -> str:

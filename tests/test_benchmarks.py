@@ -1,16 +1,19 @@
 """The benchmarks measure what they say: wrong results are never timed, and the README shows the files in results/."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rlhf_kernels as rk
-from benchmarks import clock, harness, machine, report
+from benchmarks import __main__ as command
+from benchmarks import clock, harness, machine, profile, report
 from benchmarks.__main__ import STEMS, main
 
 CEILINGS = {"read": 10e9, "matmul fp32": 1e12}
@@ -124,6 +127,8 @@ def test_every_op_has_its_benchmark_and_states_its_limit():
     for stem in STEMS:
         bench = harness.load(stem)
         assert "\nLimit: " in bench.__doc__, stem
+        for device in ("cpu", "cuda"):
+            assert any(case.runs(device, quick=False) for case in bench.cases()), (stem, device)
         for case in bench.cases():
             for phase, work in bench.work(case).items():
                 assert work.bytes > 0 and (work.moved is None or work.moved > work.bytes), (stem, phase)
@@ -138,6 +143,185 @@ def test_matrix_products_of_the_model():
     ):
         work = harness.load(stem).work(harness.Case({"N": 10, "H": 20, "V": 1000}, variant=variant))
         assert (work["fwd"].flops, work["fwd+bwd"].flops) == (forward * 400_000, both * 400_000)
+
+
+def test_a_formula_in_slices_is_the_same_formula(monkeypatch):
+    monkeypatch.setattr(harness, "SLICE_ELEMENTS", 3 * 11)
+    logits, weight = torch.randn(10, 5).double().requires_grad_(), torch.randn(11, 5).double().requires_grad_()
+    most = 0
+
+    def formula(x, w):
+        nonlocal most
+        most = max(most, len(x))
+        scores = x @ w.T
+        return scores.logsumexp(-1), scores.amax(-1)
+
+    results = []
+    for call in (formula, lambda x, w: harness.sliced(formula, 11, x, whole=(w,))):
+        most = 0
+        outputs = call(logits, weight)
+        results.append([*outputs, *torch.autograd.grad(sum(x.sin().sum() for x in outputs), (logits, weight))])
+    assert most == 3  # of the slices
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_rounding_of_one_row_excuses_no_other():
+    """Where the plain formula is off by 1 an element may be off by 2, but not in a row where it is right."""
+    exact = torch.full((3, 4), 100.0, dtype=torch.float64)
+    rough, got = exact.clone(), exact.clone()
+    rough[0, 0] += 1
+    got[0, 3] += 1.9
+    assert harness.places_off(got, exact) == 1
+    assert harness.places_off(got, exact, rough) == 0
+    got[2, 3] += 1.9
+    assert harness.places_off(got, exact, rough) == 1
+    got[0, 3] += 0.2
+    assert harness.places_off(got, exact, rough) == 2
+    assert harness.places_off(got, exact, relative=0.003) == 2
+    got[1, 1] = torch.nan
+    assert harness.places_off(got, exact, rough) == 3
+
+
+def test_products_are_rounded_by_a_share_of_their_row():
+    exact = torch.tensor([[100.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    for off, wrong in ((0.031, 0), (0.033, 2)):
+        got = exact + off * exact.amax(1, keepdim=True) * torch.tensor([0.0, 1.0])
+        assert harness.places_off(got, exact, relative=0.008) == wrong
+        assert harness.places_off(got, exact) == 2
+    assert harness.places_off(got[:, 1], exact[:, 1], relative=0.008) == 2  # values, not gradients
+
+
+def test_plain_rounding_is_asked_for_only_where_the_truth_is_missed():
+    x, truth = torch.ones(3), [torch.ones(3, dtype=torch.float64)]
+    asked = []
+
+    def rough():
+        asked.append(True)
+        return [torch.full((3,), 1.5)]
+
+    assert harness.fault(harness.Provider("peer", lambda x: x * 1), [x], [], truth, rough) == "" and not asked
+    assert harness.fault(harness.Provider("peer", lambda x: x * 1.9), [x], [], truth, rough) == "" and asked
+    off = harness.fault(harness.Provider("peer", lambda x: x * 2.1), [x], [], truth, rough)
+    assert off == "wrong: result 0 is off in 3 of 3 places"
+
+
+# --------------------------------------------------------------------------------------------------------- the timing
+
+
+class LoggingClock:
+    captures = True
+
+    def __init__(self):
+        self.log, self.now = [], 0
+
+    def evict(self):
+        self.log.append("evict")
+
+    def mark(self):
+        self.log.append("mark")
+        self.now += 1
+        return self.now
+
+    def seconds(self, start, end):
+        return (end - start) / 10
+
+    def replay(self):
+        self.log.append("replay")
+
+
+def test_every_pass_starts_from_cold_caches_which_are_not_timed():
+    log = LoggingClock()
+
+    def call(x):
+        log.log.append("call")
+        return x * x
+
+    x = torch.ones(3, requires_grad=True)
+    seconds = harness.timed(harness.Provider("peer", call), [x], [torch.ones(3)], log, log)
+    assert seconds == {"fwd": 0.1, "bwd": 0.1, "fwd+bwd": 0.2, "graph": 0.1}
+    forward, whole, graph = ["call", "mark"], ["call", "mark", "mark"], ["replay", "mark"]
+    assert log.log == [x for part in (forward, whole, graph) for x in ("evict", "mark", *part)]
+
+
+def test_events_of_a_gpu(monkeypatch):
+    """The L2 is overwritten twice over, and no time is read before the last event has happened."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            log.append("elapsed")
+            return 2500.0  # milliseconds
+
+    gpu = SimpleNamespace(Event=Event, get_device_properties=lambda: SimpleNamespace(L2_cache_size=300 << 20))
+    given = []
+    fake = SimpleNamespace(cuda=gpu, int8=torch.int8, empty=lambda *size, **rest: given.append((size, rest)))
+    monkeypatch.setattr(clock, "torch", fake)
+    timer = clock.clock_of("cuda")
+    assert given == [((600 << 20,), {"dtype": torch.int8, "device": "cuda"})]
+    assert timer.seconds(timer.mark(), timer.mark()) == 2.5
+    assert log == ["record", "record", "synchronize", "elapsed"]
+    assert isinstance(clock.clock_of("cpu"), clock.CpuClock)
+
+
+def test_graphs_are_a_pass_of_their_own(monkeypatch, capsys):
+    """Of the whole call, where the bench module asks for it; who cannot be captured is named and timed without."""
+
+    def captured(provider, *_):
+        if provider.name == "stubborn":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return None if provider.name == "slow" else SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr(harness, "captured", captured)
+    monkeypatch.setattr(harness, "clock_of", lambda device: LoggingClock())
+    monkeypatch.setattr(Squares, "GRAPHED", True, raising=False)
+    rows = run_squares(peer=torch.square, slow=torch.square, stubborn=torch.square)
+    phases = [(row.provider, row.phase) for row in rows if row.status == "ok"]
+    passes = ("fwd", "bwd", "fwd+bwd")
+    assert phases == [
+        *(("peer", phase) for phase in (*passes, "graph")),
+        *(("slow", phase) for phase in passes),
+        *(("stubborn", phase) for phase in passes),
+    ]
+    (refused,) = (row for row in rows if row.status != "ok")
+    assert refused.status.endswith(
+        "it cannot be captured in a CUDA graph: operation not permitted when stream is capturing"
+    )
+    assert command.refused(vars(refused) | {"provider": "ours triton"})
+    assert {stem for stem in STEMS if getattr(harness.load(stem), "GRAPHED", False)} == {
+        "rollout_advantages",
+        "gae",
+        "ppo_loss",
+        "attention_row",
+        "token_rewards",
+    }
+
+
+def test_a_slow_round_is_repeated_less_often(monkeypatch):
+    rounds = 0
+
+    def slow(*_):
+        nonlocal rounds
+        rounds += 1
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: 20.0 * rounds)
+        return {"fwd": 1.0}
+
+    monkeypatch.setattr(harness, "timed", slow)
+    peer = harness.Provider("peer", torch.square)
+    for budget, wanted in ((1.0, 2), (4.0, 3), (30.0, harness.MIN_ROUNDS)):
+        rounds = 0
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: 0.0)
+        samples = harness.interleaved([peer], [], [], budget, clock.CpuClock(), {})
+        assert len(samples["peer"]) == wanted, budget
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
@@ -196,6 +380,75 @@ def test_quick_run_of_one_op_writes_json(tmp_path):
         assert 0 < low <= found[name]["median_ms"] <= high
     assert report.table(results) == done.stdout.strip()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_first_cases_come_first_and_what_finds_no_time_is_named(monkeypatch, tmp_path, capsys):
+    """And what was measured by then is on disk."""
+    ran, file = [], tmp_path / "results.json"
+
+    def run_case(stem, bench, case, device, *_):
+        assert case.device == device == "cuda" and not case.quick
+        ran.append(stem)
+        if len(ran) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        monkeypatch.setattr(command.time, "perf_counter", lambda: 100.0 * len(ran))
+        return [harness.Row(stem, str(case), "peer", "ok", "fwd")]
+
+    monkeypatch.setattr(harness, "run_case", run_case)
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(command.time, "perf_counter", lambda: 0.0)
+    results = command.run(["token_logprobs", "gae"], "cuda", torch.get_num_threads(), False, 350.0, file)
+    assert ran == ["token_logprobs", "gae", "token_logprobs", "gae"]
+    assert results == report.read(file)
+    assert [(row["op"], row["status"]) for row in results["rows"]] == [
+        ("token_logprobs", "ok"),
+        ("token_logprobs", "missing: CUDA out of memory. Tried to allocate"),
+        ("token_logprobs", "missing: no time was left"),
+        ("gae", "ok"),
+        ("gae", "ok"),
+    ]
+
+
+def run_gpu_script(out, *ops, **environment):
+    root = Path(report.__file__).parent.parent
+    variables = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), **environment}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", *ops], cwd=root, env=variables, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_gpu_script_runs_dry(tmp_path):
+    """What a CPU can do of it; a step that fails is named and stops no other."""
+    steps = "machine wheels gputests memcheck benchmarks profile"
+    status, said = run_gpu_script(tmp_path, "gae", DRY_RUN="1", STEPS=steps, WHEELS=str(tmp_path))
+    assert status == 1 and said.endswith("failed: wheels\n"), said  # there are none in the folder
+    for name, reason in (("gputests", "they need a GPU"), ("memcheck", "it needs a GPU"), ("ncu", "it needs a GPU")):
+        assert f"left out: {name}: {reason}" in said
+    assert not re.search("== (build|tests|racecheck)", said)
+    results = report.read(tmp_path / "dry-run.json")
+    assert {row["op"] for row in results["rows"]} == {"gae"} and results["machine"]["device"] == "cpu"
+    assert {path.stem for path in tmp_path.glob("*.log")} == {"machine", "wheels", "benchmarks", "profile-gae"}
+
+
+def test_gpu_script_says_what_it_lacks(tmp_path):
+    assert run_gpu_script(tmp_path, "grpo") == (2, "gpu.sh: there is no op grpo\n")
+    if not torch.cuda.is_available():
+        assert run_gpu_script(tmp_path) == (2, "gpu.sh: torch sees no GPU; DRY_RUN=1 runs what a CPU can\n")
+
+
+def test_the_worst_cases_are_profiled_first():
+    def rows(op, ours, peer, case="N=1", phase="fwd"):
+        return [timing(name, median, op=op, case=case, phase=phase) for name, median in (("ours native", ours), peer)]
+
+    measured = [
+        *rows("gae", 2.0, ("loop", 8.0)),
+        *rows("ppo_loss", 4.0, ("torch.compile", 1.0)),
+        *rows("ppo_loss", 1.0, ("torch.compile", 9.0), phase="fwd+bwd"),
+        *rows("token_logprobs", 4.0, ("torch eager", 4.0), case="N=2"),
+    ]
+    assert profile.worst(measured, 2) == [("ppo_loss", "N=1"), ("token_logprobs", "N=2")]
 
 
 @pytest.mark.parametrize(
