@@ -31,7 +31,7 @@ class CudaClock:
     captures = True  # there are CUDA graphs
 
     def __init__(self) -> None:
-        l2 = torch.cuda.get_device_properties().L2_cache_size
+        l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
         self.buffer = torch.empty(max(EVICTION_BYTES, 2 * l2), dtype=torch.int8, device="cuda")
 
     def evict(self) -> None:

@@ -41,7 +41,7 @@ def environment(device: str) -> dict[str, str | int | float]:
 
 
 def _gpu() -> dict[str, str | int | float]:
-    properties = torch.cuda.get_device_properties()
+    properties = torch.cuda.get_device_properties("cuda")
     triton = importlib.util.find_spec("triton")
     return {
         "gpu": properties.name,

@@ -262,7 +262,7 @@ def test_events_of_a_gpu(monkeypatch):
             log.append("elapsed")
             return 2500.0  # milliseconds
 
-    gpu = SimpleNamespace(Event=Event, get_device_properties=lambda: SimpleNamespace(L2_cache_size=300 << 20))
+    gpu = SimpleNamespace(Event=Event, get_device_properties=lambda device: SimpleNamespace(L2_cache_size=300 << 20))
     given = []
     fake = SimpleNamespace(cuda=gpu, int8=torch.int8, empty=lambda *size, **rest: given.append((size, rest)))
     monkeypatch.setattr(clock, "torch", fake)
@@ -421,15 +421,65 @@ def run_gpu_script(out, *ops, **environment):
 
 def test_gpu_script_runs_dry(tmp_path):
     """What a CPU can do of it; a step that fails is named and stops no other."""
-    steps = "machine wheels gputests memcheck benchmarks profile"
+    steps = "wheels gputests memcheck benchmarks profile"
     status, said = run_gpu_script(tmp_path, "gae", DRY_RUN="1", STEPS=steps, WHEELS=str(tmp_path))
     assert status == 1 and said.endswith("failed: wheels\n"), said  # there are none in the folder
     for name, reason in (("gputests", "they need a GPU"), ("memcheck", "it needs a GPU"), ("ncu", "it needs a GPU")):
         assert f"left out: {name}: {reason}" in said
-    assert not re.search("== (build|tests|racecheck)", said)
+    assert not re.search("== (machine|build|tests|racecheck)", said)
     results = report.read(tmp_path / "dry-run.json")
     assert {row["op"] for row in results["rows"]} == {"gae"} and results["machine"]["device"] == "cpu"
-    assert {path.stem for path in tmp_path.glob("*.log")} == {"machine", "wheels", "benchmarks", "profile-gae"}
+    assert {path.stem for path in tmp_path.glob("*.log")} == {"wheels", "benchmarks", "profile-gae"}
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *is_available* | *find_spec* | *"import torch") ;;
+    *get_device_capability*) echo 9.0 ;;
+    *get_device_name*) echo nvidia-x ;;
+    *"profile worst"*) printf 'gae\\tB=1 T=2\\nppo_loss\\tB=3 T=4\\n' ;;
+    *) echo "$TORCH_CUDA_ARCH_LIST" "$RLHF_TEST_DEVICE" "$*"; [ "${*: -2:1}" = --json ] && echo > "${*: -1}"; true ;;
+esac
+"""
+FAKE_TOOL = """#!/usr/bin/env bash
+echo "$(basename "$0")" "$@"
+"""
+
+
+def test_gpu_script_with_a_gpu_that_is_played(tmp_path):
+    """Every step's command, with time for all of them."""
+    for name, text in (("python", FAKE_PYTHON), ("compute-sanitizer", FAKE_TOOL), ("ncu", FAKE_TOOL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    out, wheels = tmp_path / "out", tmp_path / "a folder"
+    wheels.mkdir()
+    (wheels / "trl.whl").touch()
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    given = {"PYTHON": str(tmp_path / "python"), "PATH": path, "WHEELS": str(wheels)}
+    status, said = run_gpu_script(out, "gae", "rm_listwise_loss", "ppo_loss", **given)
+    assert status == 0, said
+    log = {path.stem: path.read_text() for path in out.glob("*.log")}
+    assert list(log) and "left out" not in said
+    assert log["machine"] == " cuda -\n"
+    assert log["wheels"].rstrip().endswith(f"/site {wheels}/trl.whl")
+    assert log["build"] == "9.0 cuda setup.py -q build_ext --inplace\n"
+    files = "tests/test_gae.py tests/test_ppo_loss.py tests/test_rm_losses.py"
+    words = "gae or test_gae or ppo_loss or test_ppo_loss or rm_listwise_loss or test_rm_losses"
+    pytest_ = "-m pytest -q -p no:cacheprovider --tb short --maxfail 50"
+    assert re.fullmatch(rf"9.0 cuda {pytest_} -n [1-8] -k {words} tests/test_gpu.py\n", log["gputests"])
+    assert re.fullmatch(rf"9.0 cuda {pytest_} -n [1-8] -k {words} {files} tests/test_registration.py\n", log["tests"])
+    for tool in ("memcheck", "racecheck"):
+        command_ = f"compute-sanitizer --tool {tool} --error-exitcode 1 {tmp_path}/python {pytest_} -p no:xdist"
+        assert log[tool] == f"{command_} -k native and known_values and ({words}) {files}\n"
+    timed_ops = "gae rm_listwise_loss ppo_loss --device cuda"
+    results = f"--json {out}/nvidia-x.json"
+    assert re.fullmatch(rf"9.0 cuda -m benchmarks {timed_ops} --seconds \d+ {results}\n", log["benchmarks"])
+    assert log["profile-gae"].endswith(f"{tmp_path}/python -m benchmarks.profile run gae B=1 T=2\n")
+    assert log["profile-ppo_loss"].startswith("ncu --clock-control none")
+    limits = dict(re.findall(r"== (\S+), at most (\d+) s", said))
+    assert set(limits) == set(log)
+    benchmarks = int(limits.pop("benchmarks"))  # what is left when it begins
+    assert sum(map(int, limits.values())) <= 450 and 500 <= benchmarks <= 600
 
 
 def test_gpu_script_says_what_it_lacks(tmp_path):
