@@ -9,22 +9,24 @@
 #   op …      tests and benchmarks of these ops only; without them the results also go to benchmarks/results/
 #   STEPS     some of: machine wheels build gputests tests memcheck racecheck benchmarks profile
 #   MINUTES   for all of it (10). Of ten: machine and wheels 25 s, build 110 s, gputests (test_gpu.py) 50 s, tests 130 s,
-#             memcheck and racecheck 45 s each, profile 35 s, benchmarks 160 s and what the others leave
+#             memcheck and racecheck 45 s each, profile 40 s, benchmarks 145 s and what the others leave
 #   DRY_RUN   1: what a CPU can do of it, on a machine without a GPU
 #
 # A step that fails or runs out of time does not stop the others; it is named at the end and in the exit status.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} WHEELS=${WHEELS:-} MINUTES=${MINUTES:-10} DRY_RUN=${DRY_RUN:-0}
 STEPS=${STEPS:-machine wheels build gputests tests memcheck racecheck benchmarks profile}
 ops=("$@") failed=() left_out=()
-mkdir -p "$OUT" || exit 2
-OUT=$(cd "$OUT" && pwd)
+[[ $PYTHON != */* || $PYTHON = /* ]] || PYTHON=$PWD/$PYTHON
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+[ -z "$WHEELS" ] || WHEELS=$(cd "$WHEELS" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir "$scratch/site"
 export PYTHONPATH="$scratch/site:$PWD/python" PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=PASSIVE
+unset TRITON_INTERPRET RLHF_KERNELS_BACKEND
 export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
 
 for op in "${ops[@]}"; do
@@ -85,7 +87,7 @@ if wanted wheels; then
             --target "$scratch/site" "$WHEELS"/*.whl
     else # a wheel is a zip file
         step wheels "$(share 20)" bash -c 'cd "$1" && shift && for wheel; do "$0" -m zipfile -e "$wheel" . || exit; done' \
-            "$PYTHON" "$scratch/site" "$(cd "$WHEELS" && pwd)"/*.whl
+            "$PYTHON" "$scratch/site" "$WHEELS"/*.whl
     fi
 fi
 for module in triton setuptools ninja pytest hypothesis xdist trl liger_kernel torchrl; do
@@ -159,7 +161,7 @@ name = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "dry-run"
 print(re.sub("[^a-z0-9]+", "-", name.lower()))' $device)
 if wanted benchmarks; then
     profile=0 quick=()
-    ! wanted profile || profile=$(share 35)
+    ! wanted profile || profile=$(share 40)
     [ $device = cuda ] || quick=(--quick)
     limit=$((60 * MINUTES - SECONDS - profile - 5)) # a case that has begun is finished
     TAIL=12 step benchmarks "$limit" "$PYTHON" -m benchmarks "${ops[@]}" --device $device "${quick[@]}" \
@@ -179,7 +181,7 @@ if wanted profile; then
             --section Occupancy --section LaunchStats --section WarpStateStats)
         [ $device = cuda ] || { ncu=() && leave_out ncu "it needs a GPU"; }
         while IFS=$'\t' read -r op case; do
-            step "profile-$op" "$(share 17)" ${ncu[@]+"${ncu[@]}"} "$PYTHON" -m benchmarks.profile run "$op" "$case"
+            step "profile-$op" "$(share 20)" ${ncu[@]+"${ncu[@]}"} "$PYTHON" -m benchmarks.profile run "$op" "$case"
         done < <("$PYTHON" -m benchmarks.profile worst "$OUT/$name.json" 2)
     fi
 fi

@@ -197,3 +197,13 @@ def test_fresh_memory_is_poisoned():
     assert torch.empty(3, dtype=torch.bfloat16).isnan().all()
     assert torch.zeros(1).new_empty(2, 2).isnan().all()
     assert (torch.empty(2, dtype=torch.int64) == 2**63 - 1).all()
+
+
+def test_device_of_the_tests():
+    """RLHF_TEST_DEVICE: tensors of the tests are made there, and nothing interprets Triton's kernels off the CPU."""
+    probe = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest, oracle, os, torch; "
+        "print(oracle.DEVICE, torch.zeros(1).device.type, os.environ['TRITON_INTERPRET'])"
+    )
+    assert run(probe, RLHF_TEST_DEVICE="meta").stdout == "meta meta 0\n"
+    assert run(probe, RLHF_TEST_DEVICE="cpu").stdout == run(probe, RLHF_TEST_DEVICE="").stdout == "cpu cpu 1\n"
