@@ -67,6 +67,10 @@ def does_not_run(x):
     raise RuntimeError("no C++ compiler")
 
 
+def does_not_fit(x):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 @pytest.mark.parametrize(
     ("peer", "status"),
     [
@@ -75,6 +79,7 @@ def does_not_run(x):
         (wrong_gradient, "wrong: result 1 is off in"),
         (lambda x: (x * x)[None], "failed: Mismatch in shape"),
         (does_not_run, "failed: no C++ compiler"),
+        (does_not_fit, "missing: CUDA out of memory."),
         ("not installed", "missing: not installed"),
     ],
 )
