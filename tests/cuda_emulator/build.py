@@ -13,6 +13,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 
 def main(folder: Path, flags: list[str]) -> None:
