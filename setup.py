@@ -58,7 +58,9 @@ def extension() -> dict:
 def target_flags() -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
-    return ["-march=x86-64-v3"] if os.environ.get("RLHF_KERNELS_PORTABLE") == "1" else ["-march=native"]
+    if os.environ.get("RLHF_KERNELS_PORTABLE") == "1":
+        return ["-march=x86-64-v3"]
+    return ["-march=native", "-mprefer-vector-width=512"]  # GCC keeps to 256 bits; 512 halve the time of an exponential
 
 
 setup(**extension())

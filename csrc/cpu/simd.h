@@ -17,32 +17,49 @@ namespace rlhf_kernels {
 // Elements handled at a time: 4 KiB in fp32, which stays in the L1 cache between the loops over it.
 constexpr int64_t kBlock = 1024;
 
-// exp(x) for x ≤ 88: error below 2 ulp, 0 below −87.33 (and for −inf), NaN for NaN.
+// Independent sums of a loop, enough to hide the latency of an addition: four vectors of AVX-512.
+constexpr int64_t kLanes = 64;
+
+// exp(x) for x ≤ 88: error below 3 ulp, 0 below −87.33 (and for −inf), NaN for NaN.
 inline float fast_exp(float x) {
-  constexpr float shift = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, which stands in the low bits
+  constexpr float shift = 12582912.0f + 127;  // 1.5 · 2²³ rounds to an integer, 127 makes its low bits an exponent
   const float y = x < -87.33f ? -87.33f : x;
   const float rounded = y * 1.44269504f + shift;
   const float n = rounded - shift;
-  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const auto exponent = (std::bit_cast<uint32_t>(rounded) << 23) + 0x3f800000u;
-  const float result = p * std::bit_cast<float>(exponent);
-  return x < -87.33f ? 0.0f : result;
+  const float f = (y * 1.44269504f - n) + y * 1.925963033e-8f;  // log₂e in two parts
+  float p = 1.3264727214e-3f;                                   // 2ᶠ for |f| ≤ ½
+  p = p * f + 9.6715128125e-3f;
+  p = p * f + 5.5507337448e-2f;
+  p = p * f + 2.4022242083e-1f;
+  p = p * f + 6.9314697760e-1f;
+  p = p * f + 1.0f;
+  const auto scale = std::bit_cast<float>(std::bit_cast<uint32_t>(rounded) << 23);
+  return x < -87.33f ? 0.0f : p * scale;
 }
 
 inline double fast_exp(double x) { return std::exp(x); }
 
 template <typename T>
 T block_max(const T* x, int64_t n) {
-  T highest = -std::numeric_limits<T>::infinity();
+  T lanes[kLanes], highest = -std::numeric_limits<T>::infinity();
+  std::fill(lanes, lanes + kLanes, highest);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+  }
+  for (; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
 #pragma omp simd reduction(max : highest)
-  for (int64_t i = 0; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+  for (int64_t lane = 0; lane < kLanes; ++lane) highest = lanes[lane] > highest ? lanes[lane] : highest;
   return highest;
+}
+
+template <typename T>
+T lane_sum(const T (&lanes)[kLanes]) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
 }
 
 // A block of any dtype in the arithmetic type: the block itself, or a converted copy in `buffer`.
