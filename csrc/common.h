@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <string_view>
 
 #include "formulas.h"
@@ -30,6 +31,11 @@ inline KlEstimator kl_estimator(const char* op, std::string_view name) {
   if (name == "abs") return KlEstimator::abs;
   if (name == "pos") return KlEstimator::pos;
   TORCH_CHECK_VALUE(false, op, ": kl_estimator must be one of k1, k2, k3, abs, pos, got '", name, "'");
+}
+
+template <typename T>
+Clips<T> clips_of(double cliprange, double cliprange_high, std::optional<double> dual_clip) {
+  return {static_cast<T>(1 - cliprange), static_cast<T>(1 + cliprange_high), static_cast<T>(dual_clip.value_or(-1))};
 }
 
 // Row i of a tensor [..., V] with any leading strides, such as logits[:, :-1], without a copy.

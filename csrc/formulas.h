@@ -47,6 +47,12 @@ RK_HOST_DEVICE T kl_estimate(T difference, KlEstimator kind) {
   return difference;
 }
 
+// Derivative of the k3 estimate by the log-probability.
+template <typename T>
+RK_HOST_DEVICE T k3_derivative(T difference) {
+  return difference >= T(-kMaxLogRatio) && difference <= T(kMaxLogRatio) ? -std::expm1(-difference) : T(0);
+}
+
 template <typename T>
 struct PolicyTerm {
   T loss, derivative, log_ratio, ratio;
@@ -72,6 +78,20 @@ RK_HOST_DEVICE PolicyTerm<T> policy_term(T difference, T advantage, T low, T hig
   }
   term.derivative = active ? unclipped : T(0);
   return term;
+}
+
+// Bounds of the ratio; dual_clip ≤ 0 means none.
+template <typename T>
+struct Clips {
+  T low, high, dual_clip;
+};
+
+// The derivative alone, of a token that counts. One that neither policy could sample has no ratio and no gradient.
+template <typename T>
+RK_HOST_DEVICE T policy_derivative(T logprob, T old_logprob, T advantage, const Clips<T>& clips) {
+  if (logprob == old_logprob && logprob == -T(INFINITY)) return T(0);
+  const T difference = log_difference(logprob, old_logprob);
+  return policy_term(difference, advantage, clips.low, clips.high, clips.dual_clip).derivative;
 }
 
 template <typename T>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common.h"
+#include "ops.h"
 #include "simd.h"
 
 namespace rlhf_kernels {
@@ -106,6 +107,8 @@ int64_t number_counted(const Inputs<T>& in, int64_t count) {
   return total;
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ppo_loss_fwd_cpu(
     const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages, const at::Tensor& values,
     const at::Tensor& old_values, const at::Tensor& returns, const at::Tensor& mask,
@@ -155,8 +158,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ppo_loss_fwd_cpu(
   });
   return {loss, stats, dlogprobs.to(logprobs.scalar_type()), dvalues.to(values.scalar_type())};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) { m.impl("ppo_loss_fwd", ppo_loss_fwd_cpu); }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "ops.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -75,6 +76,8 @@ void whiten_rows(T* advantages, const bool* mask, const std::vector<Moments>& ro
   });
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rollout_advantages_cpu(
     const at::Tensor& scores, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
     const std::optional<at::Tensor>& attention, const at::Tensor& values, const at::Tensor& mask, double kl_coef,
@@ -106,8 +109,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rollout_advantages_cp
   });
   return {advantages, returns, rewards, kl};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
   m.impl("token_rewards", token_rewards_cpu);
