@@ -77,7 +77,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cp
   const auto type = compute_type(logits);
   const at::Tensor index = tokens.to(at::kLong).contiguous(), counted = mask.logical_and(index.ge(0)).contiguous();
   const at::Tensor old = old_logprobs.to(type).contiguous();
-  const auto rollout = rollout_advantages_cpu(scores, old_logprobs, ref_logprobs, attention, old_values, counted,
+  // fp64, which costs nothing here: an advantage near 0 is a difference of large numbers.
+  const auto rollout = rollout_advantages_cpu(scores, old_logprobs.to(at::kDouble), ref_logprobs, attention, old_values, counted,
                                               kl_coef, beta, gamma, lam, kl_estimator, whiten);
   const at::Tensor advantages = std::get<0>(rollout).to(type), returns = std::get<1>(rollout);
   // The mask's own count divides, which no logit can change: a token's gradient follows from its own row.

@@ -158,9 +158,8 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
           continue;
         }
         write_gradient(p, vocabulary, token[i], row.lse, upstream.logprob, scaling, target, [=](T log_p, int64_t v) {
-          const T ratio = log_p - (static_cast<T>(q[v]) * inverse - ref_total), probability = fast_exp(log_p);
-          const T more = probability > 0 ? probability * (ratio - divergence) : T(0);
-          return softmax_gradient<true>(log_p, row.entropy, upstream) + of_kl * more;
+          const T log_ratio = log_p - (widened(q[v]) * inverse - ref_total);
+          return gradient_weight<true>(log_p, row.entropy, upstream) + of_kl * (log_ratio - divergence);
         });
       }
     });

@@ -62,21 +62,24 @@ T lane_sum(const T (&lanes)[kLanes]) {
   return sum;
 }
 
-// A block of any dtype in the arithmetic type: the block itself, or a converted copy in `buffer`.
 template <typename T>
-const T* widened(const T* x, int64_t, T*) {
+T widened(T x) {
   return x;
 }
 
-inline const float* widened(const c10::BFloat16* x, int64_t n, float* buffer) {
-  const auto* bits = reinterpret_cast<const uint16_t*>(x);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) buffer[i] = std::bit_cast<float>(static_cast<uint32_t>(bits[i]) << 16);
-  return buffer;
-}
+inline float widened(c10::BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
 
-inline const float* widened(const c10::Half* x, int64_t n, float* buffer) {
-  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<float>(x[i]);
+inline float widened(c10::Half x) { return static_cast<float>(x); }
+
+// A block of any dtype in the arithmetic type: the block itself, or a converted copy in `buffer`.
+inline const float* widened(const float* x, int64_t, float*) { return x; }
+
+inline const double* widened(const double* x, int64_t, double*) { return x; }
+
+template <typename narrow_t>
+const float* widened(const narrow_t* x, int64_t n, float* buffer) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) buffer[i] = widened(x[i]);
   return buffer;
 }
 

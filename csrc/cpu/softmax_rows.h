@@ -145,29 +145,28 @@ TokenStats<T> token_stats(const scalar_t* row, int64_t vocabulary, int64_t token
   return sums.stats(capped(static_cast<T>(row[token]), scaling.softcap), inverse, with_entropy);
 }
 
-// ∂L/∂z away from the token: p · (−g − g_H · (log p + H)).
+// ∂L/∂z = p · weight away from the token.
 template <bool with_entropy, typename T>
-T softmax_gradient(T log_p, T entropy, const TokenGrads<T>& grads) {
-  T weight = -grads.logprob;
-  if (with_entropy) weight -= grads.entropy * (bounded(log_p) + entropy);
-  return fast_exp(log_p) * weight;
+T gradient_weight(T log_p, T entropy, const TokenGrads<T>& grads) {
+  return with_entropy ? -grads.logprob - grads.entropy * (log_p + entropy) : -grads.logprob;
 }
 
-// Writes gradient(log p, i) / temperature of each logit i, and `at_token` / temperature more at the token. `target` may
-// be the row itself: a block is written after it has been read.
+// Writes p · weight(log p, i) / temperature of each logit i, and `at_token` / temperature more at the token. `target` may
+// be the row itself, or lie over it in a narrower dtype: a block is written after it has been read.
 template <typename T, typename scalar_t, typename out_t, typename F>
 void write_gradient(const scalar_t* row, int64_t vocabulary, int64_t token, T lse, T at_token,
-                    const Scaling<T>& scaling, out_t* target, F gradient) {
+                    const Scaling<T>& scaling, out_t* target, F weight) {
   const T inverse = scaling.inverse_temperature, softcap = scaling.softcap;
   const auto of_logit = [=](T u, int64_t i, T more) {
-    const T dz = gradient(u * inverse - lse, i) + more;
+    const T log_p = u * inverse - lse, p = fast_exp(log_p), product = p * weight(log_p, i);
+    const T dz = (p == 0 ? T(0) : product) + more;  // 0 · ∞ would be NaN
     if (softcap == 0) return dz * inverse;
     const T tanh = u / softcap;
     return u == kNothing<T> ? T(0) : dz * inverse * (1 - tanh * tanh);
   };
   const T chosen = capped(static_cast<T>(row[token]), softcap);
   const T special = chosen == kNothing<T> ? T(0) : of_logit(chosen, token, at_token);
-  for_blocks(row, vocabulary, softcap, [&](int64_t start, int64_t n, const T* block, const scalar_t*) {
+  for_blocks(row, vocabulary, softcap, [=](int64_t start, int64_t n, const T* block, const scalar_t*) {
     if constexpr (std::is_same_v<T, out_t>) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) target[start + i] = of_logit(block[i], start + i, T(0));
@@ -189,10 +188,10 @@ void token_gradient(const scalar_t* row, int64_t vocabulary, int64_t token, cons
     std::fill(target, target + vocabulary, out_t(0));
   } else if (grads.entropy == 0) {
     write_gradient(row, vocabulary, token, stats.lse, grads.logprob, scaling, target,
-                   [=](T log_p, int64_t) { return softmax_gradient<false>(log_p, T(0), grads); });
+                   [=](T log_p, int64_t) { return gradient_weight<false>(log_p, T(0), grads); });
   } else {
     write_gradient(row, vocabulary, token, stats.lse, grads.logprob, scaling, target,
-                   [=](T log_p, int64_t) { return softmax_gradient<true>(log_p, stats.entropy, grads); });
+                   [=](T log_p, int64_t) { return gradient_weight<true>(log_p, stats.entropy, grads); });
   }
 }
 
