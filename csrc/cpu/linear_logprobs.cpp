@@ -1,0 +1,85 @@
+// log π(token) and entropy from hidden states and the head, a chunk of the logits at a time.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "linear.h"
+
+namespace rlhf_kernels {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_fwd_cpu(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& bias, double temperature, std::optional<double> softcap, bool with_entropy,
+    bool with_unit, std::optional<int64_t> memory_budget, std::optional<int64_t> max_tokens) {
+  const LiveRows live("linear_logprobs", hidden, weight, tokens, mask, max_tokens);
+  Head head(weight, bias);
+  const auto starts = head.chunks(live.count(), memory_budget);
+  LinearGrads units(live, head, hidden, weight, bias, {with_unit, false, false}, starts.size() == 2);
+  const at::Tensor rows = at::empty({3, live.count()}, hidden.options().dtype(head.type));
+  AT_DISPATCH_FLOATING_TYPES(head.type, "linear_logprobs_fwd", [&] {
+    const auto scaling = scaling_of<scalar_t>(temperature, softcap);
+    auto* out = rows.mutable_data_ptr<scalar_t>();
+    for (size_t chunk = 0; chunk + 1 < starts.size(); ++chunk) {
+      const int64_t start = starts[chunk], n = starts[chunk + 1] - start;
+      const auto* token = live.tokens.const_data_ptr<int64_t>() + start;
+      const at::Tensor logits = head.logits(live.hidden.narrow(0, start, n));
+      head.for_rows<scalar_t>(logits, [&](int64_t i, scalar_t* row) {
+        const auto stats = token_stats(row, head.vocabulary, token[i], scaling, with_entropy);
+        out[start + i] = stats.logprob;
+        out[live.count() + start + i] = stats.entropy;
+        out[2 * live.count() + start + i] = stats.lse;
+        if (with_unit) head.write_gradient<scalar_t>(row, token[i], stats, {1, 0}, scaling);
+      });
+      if (with_unit) units.add(start, head.gradient(logits));
+    }
+  });
+  const at::Tensor entropy = with_entropy ? live.scatter(rows[1]) : at::empty({0}, rows.options());
+  return {live.scatter(rows[0]), entropy, live.scatter(rows[2]), std::get<0>(units.result())};
+}
+
+Tensor3 linear_logprobs_bwd_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens,
+                                const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& bias,
+                                const at::Tensor& lse, const at::Tensor& entropy,
+                                const std::optional<at::Tensor>& grad_logprobs,
+                                const std::optional<at::Tensor>& grad_entropy, double temperature,
+                                std::optional<double> softcap, std::array<bool, 3> needs,
+                                std::optional<int64_t> memory_budget, std::optional<int64_t> max_tokens) {
+  const LiveRows live("linear_logprobs", hidden, weight, tokens, mask, max_tokens);
+  Head head(weight, bias);
+  const auto starts = head.chunks(live.count(), memory_budget);
+  LinearGrads grads(live, head, hidden, weight, bias, needs, starts.size() == 2);
+  const auto prepared = [&](const std::optional<at::Tensor>& x) {
+    return x ? live.gather(*x, head.type) : at::zeros({live.count()}, hidden.options().dtype(head.type));
+  };
+  const at::Tensor total = prepared(lse), g = prepared(grad_logprobs), g_entropy = prepared(grad_entropy);
+  const at::Tensor saved_entropy = prepared(grad_entropy ? std::optional(entropy) : std::nullopt);
+  AT_DISPATCH_FLOATING_TYPES(head.type, "linear_logprobs_bwd", [&] {
+    const auto scaling = scaling_of<scalar_t>(temperature, softcap);
+    const auto values = [](const at::Tensor& x) { return x.const_data_ptr<scalar_t>(); };
+    for (size_t chunk = 0; chunk + 1 < starts.size(); ++chunk) {
+      const int64_t start = starts[chunk], n = starts[chunk + 1] - start;
+      const auto* token = live.tokens.const_data_ptr<int64_t>();
+      std::vector<char> kept(n);
+      const at::Tensor logits = head.logits(live.hidden.narrow(0, start, n));
+      head.for_rows<scalar_t>(logits, [&](int64_t i, scalar_t* row) {
+        const int64_t k = start + i;
+        const TokenStats<scalar_t> stats{0, values(saved_entropy)[k], values(total)[k]};
+        const TokenGrads<scalar_t> upstream{values(g)[k], values(g_entropy)[k]};
+        kept[i] = !upstream.zero();
+        if (kept[i]) head.write_gradient(row, token[k], stats, upstream, scaling);
+      });
+      grads.add(start, head.gradient(logits), &kept);
+    }
+  });
+  return grads.result();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
+  m.impl("linear_logprobs_fwd", linear_logprobs_fwd_cpu);
+  m.impl("linear_logprobs_bwd", linear_logprobs_bwd_cpu);
+}
+
+}  // namespace rlhf_kernels
