@@ -12,8 +12,7 @@ namespace {
 
 using at::native::cpublas::brgemm;
 
-constexpr int64_t kRows = 32, kColumns = 256;  // of a tile of the logits
-constexpr int64_t kTokens = 128;               // of a tile of ∂weight: so many rows of the head
+constexpr int64_t kRows = 128, kColumns = 256;  // of a tile
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -91,33 +90,28 @@ void bf16_logits(const at::Tensor& hidden, const at::Tensor& weight, const std::
   });
 }
 
-void bf16_weight_gradient(const at::Tensor& dlogits, const at::Tensor& hidden, bool add, const at::Tensor& out) {
-  const int64_t n = hidden.size(0), width = hidden.size(1), vocabulary = dlogits.size(1), pairs = blocks(n, 2);
+void add_bf16_weight_gradient(const at::Tensor& dlogits, const at::Tensor& hidden, bool add, const at::Tensor& out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocabulary = dlogits.size(1);
+  const int64_t pairs = 16 * blocks(n, 32);  // zeros up to what AMX takes at a time
   const auto* d = dlogits.const_data_ptr<at::BFloat16>();
   const auto* x = hidden.const_data_ptr<at::BFloat16>();
-  auto* sums = out.scalar_type() == at::kFloat ? out.mutable_data_ptr<float>() : nullptr;
-  auto* rounded = sums ? nullptr : out.mutable_data_ptr<at::BFloat16>();
+  auto* sums = out.mutable_data_ptr<float>();
   const auto packed = std::make_unique<uint32_t[]>(pairs * width);
   at::parallel_for(0, blocks(width, kColumns), 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin * kColumns; h < std::min(end * kColumns, width); h += kColumns) {
-      const int64_t columns = std::min(kColumns, width - h);
-      interleave(x + h, width, n, columns, packed.get() + h * pairs);
+      interleave(x + h, width, n, std::min(kColumns, width - h), packed.get() + h * pairs);
     }
   });
-  at::parallel_for(0, blocks(vocabulary, kTokens), 1, [&](int64_t begin, int64_t end) {
-    const auto beside = std::make_unique<uint32_t[]>(pairs * kTokens), left = std::make_unique<uint32_t[]>(pairs * kTokens);
-    const auto wide = std::make_unique<float[]>(kTokens * kColumns);
-    for (int64_t v = begin * kTokens; v < std::min(end * kTokens, vocabulary); v += kTokens) {
-      const int64_t rows = std::min(kTokens, vocabulary - v);
+  at::parallel_for(0, blocks(vocabulary, kRows), 1, [&](int64_t begin, int64_t end) {
+    const auto beside = std::make_unique<uint32_t[]>(pairs * kRows), left = std::make_unique<uint32_t[]>(pairs * kRows);
+    for (int64_t v = begin * kRows; v < std::min(end * kRows, vocabulary); v += kRows) {
+      const int64_t rows = std::min(kRows, vocabulary - v);
       interleave(d + v, dlogits.stride(0), n, rows, beside.get());
-      transpose(beside.get(), rows, pairs, rows, left.get(), pairs);
+      transpose(beside.get(), rows, blocks(n, 2), rows, left.get(), pairs);
       for (int64_t h = 0; h < width; h += kColumns) {
-        const int64_t columns = std::min(kColumns, width - h), corner = v * width + h;
+        const int64_t columns = std::min(kColumns, width - h);
         const auto* right = pairs_of(packed, h * pairs);
-        float* tile = sums ? sums + corner : wide.get();
-        const int64_t stride = sums ? width : columns;
-        brgemm(rows, columns, 2 * pairs, 2 * pairs, columns, stride, add, pairs_of(left), right, tile);
-        for (int64_t r = 0; rounded && r < rows; ++r) narrow(tile + r * columns, columns, rounded + corner + r * width);
+        brgemm(rows, columns, 2 * pairs, 2 * pairs, columns, width, add, pairs_of(left), right, sums + v * width + h);
       }
     }
     at::native::cpublas::brgemm_release();

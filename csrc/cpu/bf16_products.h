@@ -15,7 +15,7 @@ bool has_bf16_products(int64_t width);
 void bf16_logits(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                  const at::Tensor& out);
 
-// out[V, H] (+)= dlogits[n, V]ᵀ · hidden[n, H], summed in fp32; out is contiguous, fp32 or (not to add to) bf16.
-void bf16_weight_gradient(const at::Tensor& dlogits, const at::Tensor& hidden, bool add, const at::Tensor& out);
+// out[V, H] (+)= dlogits[n, V]ᵀ · hidden[n, H], in fp32; out is contiguous.
+void add_bf16_weight_gradient(const at::Tensor& dlogits, const at::Tensor& hidden, bool add, const at::Tensor& out);
 
 }  // namespace rlhf_kernels

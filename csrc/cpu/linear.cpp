@@ -135,12 +135,12 @@ void LinearGrads::add(int64_t start, const at::Tensor& all_dlogits, const std::v
     dhidden_.view({-1, dhidden_.size(-1)}).index_copy_(0, places, product);
   }
   if (needs_[1]) {
-    if (head_.bf16) {
-      bf16_weight_gradient(dlogits, hidden, started_, dweight_);
+    if (dlogits.scalar_type() != dweight_.scalar_type()) {
+      add_bf16_weight_gradient(dlogits, hidden, started_, dweight_);
     } else if (started_) {
-      at::addmm_out(dweight_, dweight_, dlogits.t(), hidden.to(head_.type));
+      at::addmm_out(dweight_, dweight_, dlogits.t(), hidden.to(dlogits.scalar_type()));
     } else {
-      at::mm_out(dweight_, dlogits.t(), hidden.to(head_.type));
+      at::mm_out(dweight_, dlogits.t(), hidden.to(dlogits.scalar_type()));
     }
     started_ = true;
   }
