@@ -25,7 +25,7 @@ def inputs(rows, hidden, vocabulary, mask="random", bias=True):
     return given | ({"bias": torch.randn(vocabulary, dtype=torch.float64)} if bias else {})
 
 
-def formula(hidden, weight, tokens, mask=None, *, bias=None, **scalars):
+def formula(hidden, weight, tokens, mask=None, *, bias=None, memory_budget=None, **scalars):
     return oracle.token_logprobs_entropy(F.linear(hidden, weight, bias), tokens, mask, **scalars)
 
 
@@ -74,6 +74,16 @@ def test_chunks_make_no_difference(backend_name, rows):
     actual = oracle.evaluate(rk.linear_logprobs_entropy, given, WRT, {"memory_budget": rows * 7 * 8})
     for a, b in zip(actual[0] + actual[1], expected[0] + expected[1]):
         close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rows", (None, 1, 96))
+def test_bf16_chunks_are_rounded_once(backend_name, rows):
+    """Sizes off every tile; the sum over chunks is as exact as the single product."""
+    given = inputs((9, 17), 290, 517)
+    given["hidden"] /= 17
+    budget = rows and rows * 517 * 4
+    limits = {"memory_budget": budget}
+    compare(rk.linear_logprobs_entropy, formula, given, wrt=WRT, dtype=torch.bfloat16, products=True, **limits)
 
 
 @pytest.mark.parametrize("wrt", (("hidden",), ("weight",), ("bias",), ("hidden", "bias")))
@@ -180,11 +190,12 @@ def products(given, wrt, op=rk.linear_logprobs, **scalars):
     return forward / one, backward / one
 
 
+@pytest.mark.parametrize("backend", ("native", "triton"))
 @pytest.mark.parametrize("budget", (None, 8 * 64 * 12), ids=("whole", "chunks"))
-def test_number_of_products(budget):
+def test_number_of_products(backend, budget):
     """4 for everything; with a frozen head 2, all in the forward pass; an entropy takes the forward pass again."""
     given = inputs((6, 6), 8, 64, bias=False)
-    with oracle.on_backend("triton", *OPS):
+    with oracle.on_backend(backend, *OPS):
         scalars = {"memory_budget": budget}
         assert products(given, (), **scalars) == (1, 0)
         assert products(given, ("hidden", "weight"), **scalars) == (1, 3)

@@ -196,18 +196,20 @@ def test_gradcheck(backend_name):
     assert torch.autograd.gradcheck(op, [given[name].requires_grad_() for name in WRT])
 
 
+@pytest.mark.parametrize("backend", ("native", "triton"))
 @pytest.mark.parametrize("budget", (None, 8 * 64 * 12), ids=("whole", "chunks"))
-def test_number_of_products(budget):
+def test_number_of_products(backend, budget):
     """3 forward and backward together, 2 with a frozen head, none left for the backward pass."""
     given = {name: x for name, x in inputs((6, 6), 8, 64).items() if name != "bias"}
-    with oracle.on_backend("triton", *OPS):
+    with oracle.on_backend(backend, *OPS):
         scalars = {**SCALARS, "memory_budget": budget}
         assert products(given, (), rk.linear_ppo_loss, **scalars) == (1, 0)
         assert products(given, ("hidden", "weight"), rk.linear_ppo_loss, **scalars) == (3, 0)
         assert products(given, ("hidden",), rk.linear_ppo_loss, **scalars) == (2, 0)
 
 
-def test_rows_without_a_gradient_are_left_out():
+@pytest.mark.parametrize("backend", ("native", "triton"))
+def test_rows_without_a_gradient_are_left_out(backend):
     """Zero advantages and held ratios: their rows are in the logits' product and in no other that the host cuts."""
     given = {name: x for name, x in inputs((4, 25), 8, 64, "all").items() if name not in ("bias", "ref_logprobs")}
     logprobs = oracle.token_logprobs(F.linear(given["hidden"], given["weight"]), given["tokens"])
@@ -216,7 +218,7 @@ def test_rows_without_a_gradient_are_left_out():
     given["old_logprobs"] = logprobs.clone()
     given["old_logprobs"][0] -= 1  # ratio e, held at 1.2
     moving = 3 * 20
-    with oracle.on_backend("triton", *OPS):
+    with oracle.on_backend(backend, *OPS):
         expected = 1 + 2 * moving / 100 if oracle.DEVICE == "cpu" else 3
         assert products(given, ("hidden", "weight"), rk.linear_ppo_loss) == (expected, 0)
         actual = oracle.evaluate(rk.linear_ppo_loss, given, WRT[:2], {})
