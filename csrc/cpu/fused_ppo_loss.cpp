@@ -14,7 +14,6 @@
 #include <optional>
 
 #include "common.h"
-#include "memory.h"
 #include "ops.h"
 #include "softmax_rows.h"
 
@@ -87,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cp
   const double total = normalizer ? normalizer->item<double>() : std::max(tokens_counted, 1.0);
   at::Tensor logprobs = at::empty(tokens.sizes(), logits.options().dtype(type));
   at::Tensor entropy = at::empty(tokens.sizes(), logprobs.options());
-  at::Tensor dlogits = empty_large(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "fused_ppo_loss_fwd", [&] {
     using T = at::opmath_type<scalar_t>;
     ppo_rows<scalar_t>(logits, index, counted, old, advantages, clips_of<T>(cliprange, cliprange_high, dual_clip),

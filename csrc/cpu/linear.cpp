@@ -9,7 +9,6 @@
 #include <ATen/ops/zeros.h>
 
 #include "bf16_products.h"
-#include "memory.h"
 
 namespace rlhf_kernels {
 namespace {
@@ -90,7 +89,7 @@ std::vector<int64_t> Head::chunks(int64_t rows, std::optional<int64_t> memory_bu
 
 at::Tensor Head::logits(const at::Tensor& hidden) {
   const int64_t n = hidden.size(0);
-  if (!buffer_.defined() || buffer_.size(0) < n) buffer_ = empty_large({n, vocabulary}, weight.options().dtype(type));
+  if (!buffer_.defined() || buffer_.size(0) < n) buffer_ = at::empty({n, vocabulary}, weight.options().dtype(type));
   at::Tensor out = buffer_.narrow(0, 0, n);
   if (bf16) {
     bf16_logits(hidden, weight, bias_, out);
@@ -110,7 +109,7 @@ LinearGrads::LinearGrads(const LiveRows& live, const Head& head, const at::Tenso
                          const std::optional<at::Tensor>& bias, std::array<bool, 3> needs, bool one_chunk)
     : live_(live), head_(head), needs_(needs), weight_type_(weight.scalar_type()) {
   const auto empty = [](bool needed, at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return empty_large(needed ? sizes : at::IntArrayRef{0}, options);
+    return at::empty(needed ? sizes : at::IntArrayRef{0}, options);
   };
   bias_type_ = bias ? bias->scalar_type() : hidden.scalar_type();
   dhidden_ = empty(needs[0], hidden.sizes(), hidden.options()).zero_();

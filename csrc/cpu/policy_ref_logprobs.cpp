@@ -10,7 +10,6 @@
 #include <optional>
 
 #include "common.h"
-#include "memory.h"
 #include "softmax_rows.h"
 
 namespace rlhf_kernels {
@@ -133,7 +132,7 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
   const at::Tensor stats[] = {prepared(lse), prepared(ref_lse), prepared(entropy), prepared(kl)};
   const at::Tensor grads[] = {prepared(grad_logprobs), prepared(grad_entropy), prepared(grad_kl)};
   const at::Tensor index = tokens.to(at::kLong).contiguous(), keep = mask ? mask->contiguous() : at::Tensor();
-  at::Tensor dlogits = empty_large(x.sizes(), x.options());
+  at::Tensor dlogits = at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "policy_ref_logprobs_bwd", [&] {
     using T = at::opmath_type<scalar_t>;
     const Rows policy_rows(x), ref_rows(y);
