@@ -33,7 +33,7 @@ def extension() -> dict:
     if shutil.which(compiler) is None:
         return without_extension(f"no C++ compiler: {compiler} was not found")
 
-    arguments = {"cxx": ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", *target_flags()]}
+    arguments = {"cxx": ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter", *target_flags()]}
     cuda = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     kind = CppExtension
     if cuda and CUDA_HOME and torch.version.cuda:

@@ -22,7 +22,8 @@ struct PolicyInputs {
   int64_t parts, columns;
   bool whiten;
   Plane<T> normalizer;
-  T low, high, dual_clip, entropy_coef;
+  Clips<T> clips;
+  T entropy_coef;
 };
 
 template <typename T>
@@ -34,7 +35,6 @@ template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_ppo_rows_kernel(LogitProblem<scalar_t> in, Softmax<T> softmax, PolicyInputs<T> policy, int64_t rows,
                           RowOutputs<T> out, scalar_t* dlogits) {
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
   const int64_t vocabulary = in.logits.vocabulary;
   Spread<T> all{0, 0, 0};
   for (int64_t i = threadIdx.x; i < policy.parts; i += kThreads) all = merged(all, policy.spreads[i]);
@@ -55,9 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (policy.whiten) advantage = (advantage - all.mean) * scale;
       if (dlogits) {
         const T old_logprob = policy.old_logprobs.at(i / policy.columns, i % policy.columns);
-        const auto term = policy_term(log_difference(result.logprob, old_logprob), advantage, policy.low, policy.high,
-                                      policy.dual_clip);
-        gradient.logprob = result.logprob == nothing ? T(0) : term.derivative / total;
+        gradient.logprob = policy_derivative(result.logprob, old_logprob, advantage, policy.clips) / total;
         gradient.entropy = -policy.entropy_coef / total;
       }
     }
@@ -116,9 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cu
                                  tokens.size(1),
                                  whiten,
                                  divisor.defined() ? Plane<T>(divisor) : Plane<T>(),
-                                 static_cast<T>(1 - cliprange),
-                                 static_cast<T>(1 + cliprange_high),
-                                 static_cast<T>(dual_clip.value_or(-1)),
+                                 clips_of<T>(cliprange, cliprange_high, dual_clip),
                                  static_cast<T>(entropy_coef)};
     const RowOutputs<T> out{logprobs.mutable_data_ptr<T>(), entropy.mutable_data_ptr<T>(),
                             advantages.mutable_data_ptr<T>()};

@@ -19,7 +19,8 @@ struct TokenInputs {
   Plane<T> logprobs, old_logprobs, advantages, values, old_values, returns, entropy;
   MaskPlane mask;
   int64_t rows, columns;
-  T low, high, dual_clip, cliprange_value, vf_coef, entropy_coef;  // the two clips below 0: none
+  Clips<T> clips;
+  T cliprange_value, vf_coef, entropy_coef;  // cliprange_value < 0: none
   Plane<T> normalizer;
   bool with_entropy;
 
@@ -84,7 +85,8 @@ __device__ void token_terms(const TokenInputs<T>& in, int64_t group, TokenGradie
     sums.entropy += entropy[i];
     if (!counted[i]) continue;
     const auto policy =
-        policy_term(log_difference(logprobs[i], old_logprobs[i]), advantages[i], in.low, in.high, in.dual_clip);
+        policy_term(log_difference(logprobs[i], old_logprobs[i]), advantages[i], in.clips.low, in.clips.high,
+                    in.clips.dual_clip);
     const auto value = value_term(values[i], old_values[i], returns[i], in.cliprange_value);
     gradients.logprobs[i] = policy.derivative;
     gradients.values[i] = in.vf_coef * value.derivative;
@@ -243,9 +245,7 @@ std::tuple<at::Tensor, at::Tensor> ppo_tokens(const char* op, const at::Tensor& 
                             MaskPlane(keep, tokens ? &ids : nullptr),
                             lp.size(0),
                             lp.size(1),
-                            static_cast<T>(1 - scalars.cliprange),
-                            static_cast<T>(1 + scalars.cliprange_high),
-                            static_cast<T>(scalars.dual_clip.value_or(-1)),
+                            clips_of<T>(scalars.cliprange, scalars.cliprange_high, scalars.dual_clip),
                             static_cast<T>(scalars.cliprange_value.value_or(-1)),
                             static_cast<T>(scalars.vf_coef),
                             static_cast<T>(scalars.entropy_coef),
