@@ -56,28 +56,33 @@ RK_HOST_DEVICE T k3_derivative(T difference) {
 template <typename T>
 struct PolicyTerm {
   T loss, derivative, log_ratio, ratio;
-  bool above, below;  // held by the upper bound with A > 0, by the lower one with A < 0
+  T above, below;  // 1 if held by the upper bound with A > 0, by the lower one with A < 0
 };
 
-// max(−A·ρ, −A·clip(ρ)), for A < 0 at most −dual_clip·A, and its derivative by the log-probability.
-// The bounds are inclusive: at 1 ± cliprange the gradient is kept. dual_clip ≤ 0 means none.
+// Numbers instead of booleans, and nested choices instead of &&: compilers make vector code of these.
+
+// max(−A·ρ, −A·clip(ρ)), for A < 0 at most −dual_clip·A, and its derivative by the log-probability, from ρ = exp of the
+// clamped difference. The bounds are inclusive: at 1 ± cliprange the gradient is kept. dual_clip ≤ 0 means none.
 template <typename T>
-RK_HOST_DEVICE PolicyTerm<T> policy_term(T difference, T advantage, T low, T high, T dual_clip) {
+RK_HOST_DEVICE PolicyTerm<T> policy_term_of(T difference, T ratio, T advantage, T low, T high, T dual_clip) {
   PolicyTerm<T> term;
   term.log_ratio = clamped(difference, T(-kMaxLogRatio), T(kMaxLogRatio));
-  term.ratio = std::exp(term.log_ratio);
-  term.above = advantage > 0 && term.ratio > high;
-  term.below = advantage < 0 && term.ratio < low;
-  const T unclipped = -advantage * term.ratio;
-  const T clipped = -advantage * clamped(term.ratio, low, high);
-  term.loss = unclipped > clipped || unclipped != unclipped ? unclipped : clipped;
-  bool active = !term.above && !term.below && (difference == term.log_ratio || difference != difference);
-  if (dual_clip > 0 && advantage < 0 && term.ratio > dual_clip) {
-    term.loss = -dual_clip * advantage;
-    active = false;
-  }
-  term.derivative = active ? unclipped : T(0);
+  term.ratio = ratio;
+  term.above = advantage > 0 ? (ratio > high ? T(1) : T(0)) : T(0);
+  term.below = advantage < 0 ? (ratio < low ? T(1) : T(0)) : T(0);
+  const T bounded = dual_clip > 0 ? (advantage < 0 ? (ratio > dual_clip ? T(1) : T(0)) : T(0)) : T(0);
+  const T outside = difference > T(kMaxLogRatio) ? T(1) : (difference < T(-kMaxLogRatio) ? T(1) : T(0));
+  const T unclipped = -advantage * ratio;
+  const T clipped = -advantage * clamped(ratio, low, high);
+  term.loss = bounded != 0 ? -dual_clip * advantage : (clipped >= unclipped ? clipped : unclipped);  // NaN shows
+  term.derivative = term.above + term.below + bounded + outside != 0 ? T(0) : unclipped;
   return term;
+}
+
+template <typename T>
+RK_HOST_DEVICE PolicyTerm<T> policy_term(T difference, T advantage, T low, T high, T dual_clip) {
+  const T ratio = std::exp(clamped(difference, T(-kMaxLogRatio), T(kMaxLogRatio)));
+  return policy_term_of(difference, ratio, advantage, low, high, dual_clip);
 }
 
 // Bounds of the ratio; dual_clip ≤ 0 means none.
@@ -97,19 +102,18 @@ RK_HOST_DEVICE T policy_derivative(T logprob, T old_logprob, T advantage, const 
 template <typename T>
 struct ValueTerm {
   T loss, derivative;
-  bool clipped;
+  T clipped;  // 1 if the clipped error is the larger one
 };
 
 // ½ max((V − R)², (V_old + clip(V − V_old) − R)²) and its derivative by V. cliprange < 0 means none.
 template <typename T>
 RK_HOST_DEVICE ValueTerm<T> value_term(T value, T old_value, T target, T cliprange) {
-  const T error = value - target, change = value - old_value;
-  if (cliprange < 0) return {error * error / 2, error, false};
-  const T clipped_error = old_value + clamped(change, -cliprange, cliprange) - target;
-  const bool inside = change <= cliprange && change >= -cliprange;
-  const bool larger = clipped_error * clipped_error > error * error;
-  const T chosen = larger ? clipped_error : error;
-  return {chosen * chosen / 2, inside || !larger ? error : T(0), !inside && larger};
+  const T error = value - target, change = value - old_value, bound = cliprange < 0 ? T(INFINITY) : cliprange;
+  const T clipped_error = old_value + clamped(change, -bound, bound) - target;
+  const T outside = change > bound ? T(1) : (change < -bound ? T(1) : T(0));
+  const T clipped = clipped_error * clipped_error > error * error ? outside : T(0);
+  const T chosen = clipped != 0 ? clipped_error : error;
+  return {chosen * chosen / 2, clipped != 0 ? T(0) : error, clipped};
 }
 
 }  // namespace rlhf_kernels

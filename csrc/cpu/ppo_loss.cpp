@@ -17,14 +17,13 @@
 namespace rlhf_kernels {
 namespace {
 
-constexpr int64_t kChunk = 4096;
-
-struct ChunkSums {
+// Sums over some of the tokens.
+struct TokenSums {
   double policy = 0, value = 0, squared_log_ratio = 0, above = 0, below = 0, value_clipped = 0, ratio = 0;
-  double largest_ratio = 0;
+  double highest_ratio = 0;
   Moments residuals, targets;  // of returns − values and of returns
 
-  void add(const ChunkSums& other) {
+  void add(const TokenSums& other) {
     policy += other.policy;
     value += other.value;
     squared_log_ratio += other.squared_log_ratio;
@@ -33,7 +32,7 @@ struct ChunkSums {
     value_clipped += other.value_clipped;
     ratio += other.ratio;
     // A NaN ratio must show.
-    largest_ratio = other.largest_ratio <= largest_ratio ? largest_ratio : other.largest_ratio;
+    highest_ratio = other.highest_ratio <= highest_ratio ? highest_ratio : other.highest_ratio;
     residuals.merge(other.residuals);
     targets.merge(other.targets);
   }
@@ -43,67 +42,130 @@ template <typename T>
 struct Inputs {
   const T *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns;
   const bool* mask;
-
-  // Two −inf have no ratio: such a token could not be sampled, so it is taken out.
-  bool counts(int64_t i) const {
-    constexpr T nothing = -std::numeric_limits<T>::infinity();
-    return mask[i] && !(logprobs[i] == nothing && old_logprobs[i] == nothing);
-  }
 };
 
 template <typename T>
 struct Scalars {
-  T low, high, dual_clip, cliprange_value, vf_coef;
+  Clips<T> clips;
+  T cliprange_value, vf_coef;
 };
 
-template <typename T>
-ChunkSums chunk(const Inputs<T>& in, int64_t begin, int64_t end, const Scalars<T>& s, T inverse_normalizer,
-                T* dlogprobs, T* dvalues) {
-  ChunkSums sums;
-  std::array<bool, kChunk> counted;
-  for (int64_t i = begin; i < end; ++i) {
-    counted[i - begin] = in.counts(i);
-    if (dlogprobs) dlogprobs[i] = dvalues[i] = 0;
-    if (!counted[i - begin]) continue;
-    const auto policy =
-        policy_term(log_difference(in.logprobs[i], in.old_logprobs[i]), in.advantages[i], s.low, s.high, s.dual_clip);
-    const auto value = value_term(in.values[i], in.old_values[i], in.returns[i], s.cliprange_value);
-    sums.policy += policy.loss;
-    sums.value += value.loss;
-    sums.squared_log_ratio += static_cast<double>(policy.log_ratio) * policy.log_ratio;
-    sums.above += policy.above;
-    sums.below += policy.below;
-    sums.value_clipped += value.clipped;
-    sums.ratio += policy.ratio;
-    if (!(policy.ratio <= sums.largest_ratio)) sums.largest_ratio = policy.ratio;
-    if (dlogprobs) {
-      dlogprobs[i] = policy.derivative * inverse_normalizer;
-      dvalues[i] = s.vf_coef * value.derivative * inverse_normalizer;
-    }
+// Moments of x[i] where keep[i] is 1; `first` is one of these places. Taken from x[first], so that equal values have none.
+template <typename T, typename F>
+Moments block_moments(const T* keep, int64_t n, int64_t first, double count, F x) {
+  const T base = x(first);
+  T sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const T deviation = x(i) - base;
+    sum += keep[i] != 0 ? deviation : T(0);
   }
-  const auto target = [&](int64_t i) { return static_cast<double>(in.returns[begin + i]); };
-  sums.targets = moments_of(counted.data(), end - begin, target);
-  sums.residuals =
-      moments_of(counted.data(), end - begin, [&](int64_t i) { return target(i) - in.values[begin + i]; });
+  const T mean = base + static_cast<T>(sum / count);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) {
+    const T deviation = x(i) - mean;
+    squares += keep[i] != 0 ? deviation * deviation : T(0);
+  }
+  Moments moments;
+  moments.count = count;
+  moments.mean = mean;
+  moments.squares = squares;
+  return moments;
+}
+
+// Up to kBlock tokens from `begin` on, in loops without a branch; what they read stays in the L1 cache between them.
+template <typename T>
+TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scalars<T>& s, T inverse_total,
+                      T* dlogprobs, T* dvalues) {
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  const T *logprobs = in.logprobs + begin, *old_logprobs = in.old_logprobs + begin, *advantages = in.advantages + begin;
+  const T *values = in.values + begin, *old_values = in.old_values + begin, *returns = in.returns + begin;
+  const auto* mask = reinterpret_cast<const uint8_t*>(in.mask + begin);  // a loop over bool is not vectorised
+  T keep[kBlock], differences[kBlock], ratios[kBlock], gains[kBlock];
+  T count = 0;
+  for (int64_t i = 0; i < n; ++i) keep[i] = mask[i];
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) {
+    // Two −inf have no ratio: such a token could not be sampled, so it is taken out.
+    const T a = logprobs[i], b = old_logprobs[i], masked = keep[i];
+    keep[i] = a == nothing ? (b == nothing ? T(0) : masked) : masked;
+    count += keep[i];
+    differences[i] = keep[i] != 0 ? log_difference(a, b) : T(0);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) gains[i] = keep[i] != 0 ? advantages[i] : T(0);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {  // 1 where masked: with a gain of 0 nothing is added
+    ratios[i] = fast_exp(clamped(differences[i], T(-kMaxLogRatio), T(kMaxLogRatio)));
+  }
+  TokenSums sums;
+  if (count == 0) {
+    if (dlogprobs) std::fill(dlogprobs + begin, dlogprobs + begin + n, T(0));
+    if (dvalues) std::fill(dvalues + begin, dvalues + begin + n, T(0));
+    return sums;
+  }
+  T policy_sum = 0, squared = 0, above = 0, below = 0, ratio_sum = 0, highest = 0, value_sum = 0, value_clipped = 0;
+  T gradients[kBlock], value_gradients[kBlock];
+#pragma omp simd reduction(+ : policy_sum, squared, above, below, ratio_sum) reduction(max : highest)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto term =
+        policy_term_of(differences[i], ratios[i], gains[i], s.clips.low, s.clips.high, s.clips.dual_clip);
+    const T ratio = ratios[i] * keep[i];
+    policy_sum += term.loss;
+    squared += term.log_ratio * term.log_ratio;
+    above += term.above;
+    below += term.below;
+    ratio_sum += ratio;
+    highest = ratio > highest ? ratio : highest;
+    gradients[i] = term.derivative * inverse_total;
+  }
+#pragma omp simd reduction(+ : value_sum, value_clipped)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto term = value_term(values[i], old_values[i], returns[i], s.cliprange_value);
+    const T gradient = s.vf_coef * term.derivative * inverse_total;
+    value_sum += keep[i] != 0 ? term.loss : T(0);
+    value_clipped += keep[i] != 0 ? term.clipped : T(0);
+    value_gradients[i] = keep[i] != 0 ? gradient : T(0);
+  }
+  if (dlogprobs) std::copy(gradients, gradients + n, dlogprobs + begin);
+  if (dvalues) std::copy(value_gradients, value_gradients + n, dvalues + begin);
+  sums.policy = policy_sum;
+  sums.value = value_sum;
+  sums.squared_log_ratio = squared;
+  sums.above = above;
+  sums.below = below;
+  sums.value_clipped = value_clipped;
+  sums.ratio = ratio_sum;
+  sums.highest_ratio = ratio_sum != ratio_sum ? ratio_sum : highest;  // a maximum passes NaN over
+  const int64_t first = std::find(keep, keep + n, T(1)) - keep;
+  sums.targets = block_moments(keep, n, first, count, [=](int64_t i) { return returns[i]; });
+  sums.residuals = block_moments(keep, n, first, count, [=](int64_t i) { return returns[i] - values[i]; });
   return sums;
 }
 
-// Calls f(chunk, begin, end) for each chunk, in parallel.
-template <typename F>
-void for_chunks(int64_t count, F f) {
-  at::parallel_for(0, (count + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) f(c, c * kChunk, std::min(count, (c + 1) * kChunk));
+template <typename T>
+TokenSums all_terms(const Inputs<T>& in, int64_t count, const Scalars<T>& scalars, double total, T* dlogprobs,
+                    T* dvalues) {
+  std::vector<TokenSums> blocks((count + kBlock - 1) / kBlock);
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 8, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * kBlock, n = std::min(kBlock, count - begin);
+      blocks[b] = block_terms(in, begin, n, scalars, static_cast<T>(1 / total), dlogprobs, dvalues);
+    }
   });
+  TokenSums all;
+  for (const TokenSums& each : blocks) all.add(each);
+  return all;
 }
 
-template <typename T>
-int64_t number_counted(const Inputs<T>& in, int64_t count) {
-  std::vector<int64_t> per_chunk((count + kChunk - 1) / kChunk, 0);
-  for_chunks(count, [&](int64_t c, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) per_chunk[c] += in.counts(i);
-  });
+int64_t number_true(const bool* mask, int64_t count) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
   int64_t total = 0;
-  for (const int64_t n : per_chunk) total += n;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    int32_t of_block = 0;
+    for (int64_t i = begin; i < std::min(begin + kBlock, count); ++i) of_block += bytes[i];
+    total += of_block;
+  }
   return total;
 }
 
@@ -133,25 +195,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ppo_loss_fwd_cpu(
                               adv.const_data_ptr<scalar_t>(),   v.const_data_ptr<scalar_t>(),
                               old_v.const_data_ptr<scalar_t>(), ret.const_data_ptr<scalar_t>(),
                               keep.const_data_ptr<bool>()};
-    const Scalars<scalar_t> scalars{
-        static_cast<scalar_t>(1 - cliprange), static_cast<scalar_t>(1 + cliprange_high),
-        static_cast<scalar_t>(dual_clip.value_or(-1)), static_cast<scalar_t>(cliprange_value.value_or(-1)),
-        static_cast<scalar_t>(vf_coef)};
-    const double tokens = static_cast<double>(number_counted(in, count));
-    const double total = normalizer ? normalizer->item<double>() : std::max(tokens, 1.0);
+    const Scalars<scalar_t> scalars{clips_of<scalar_t>(cliprange, cliprange_high, dual_clip),
+                                    static_cast<scalar_t>(cliprange_value.value_or(-1)), static_cast<scalar_t>(vf_coef)};
     auto* dlp = with_grad ? dlogprobs.mutable_data_ptr<scalar_t>() : nullptr;
     auto* dv = with_grad ? dvalues.mutable_data_ptr<scalar_t>() : nullptr;
-    std::vector<ChunkSums> chunks((count + kChunk - 1) / kChunk);
-    for_chunks(count, [&](int64_t c, int64_t begin, int64_t end) {
-      chunks[c] = chunk(in, begin, end, scalars, static_cast<scalar_t>(1 / total), dlp, dv);
-    });
-    ChunkSums all;
-    for (const ChunkSums& each : chunks) all.add(each);
-    const double n = std::max(tokens, 1.0), spread = all.targets.variance();
+    double total = normalizer ? normalizer->item<double>() : std::max<double>(number_true(in.mask, count), 1);
+    TokenSums all = all_terms(in, count, scalars, total, dlp, dv);
+    const double tokens = all.targets.count, n = std::max(tokens, 1.0);
+    if (!normalizer && total != n) {  // the mask has tokens without a ratio, so that its own count is not the divisor
+      total = n;
+      all = all_terms(in, count, scalars, total, dlp, dv);
+    }
+    const double spread = all.targets.variance();
     const double explained = spread > 0 ? 1 - all.residuals.variance() / spread : 0;
     const std::array<double, 10> row{all.policy / total,    all.value / total,       0.5 * all.squared_log_ratio / n,
                                      all.above / n,         all.below / n,           all.value_clipped / n,
-                                     all.ratio / n,         all.largest_ratio,       explained,
+                                     all.ratio / n,         all.highest_ratio,       explained,
                                      tokens};
     std::copy(row.begin(), row.end(), stats.mutable_data_ptr<scalar_t>());
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(row[0] + vf_coef * row[1]);

@@ -96,9 +96,9 @@ __device__ void token_terms(const TokenInputs<T>& in, int64_t group, TokenGradie
     sums.ratio += policy.ratio;
     if (!(policy.ratio <= sums.highest_ratio)) sums.highest_ratio = policy.ratio;
     sums.counted += 1;
-    sums.above += policy.above;
-    sums.below += policy.below;
-    sums.value_clipped += value.clipped;
+    sums.above += policy.above != 0;
+    sums.below += policy.below != 0;
+    sums.value_clipped += value.clipped != 0;
   }
   sums.residuals = merged(sums.residuals, spread_of(residuals, counted));
   sums.targets = merged(sums.targets, spread_of(returns, counted));
