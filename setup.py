@@ -15,7 +15,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]  # torch's headers have unused ones
 
 

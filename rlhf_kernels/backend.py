@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the only place in the package that decides.
 
     triton   rlhf_kernels/triton_kernels/<stem>.py           on CUDA, or anywhere under TRITON_INTERPRET=1
-    native   csrc/cpu/<stem>.cpp, csrc/cuda/<stem>.cu        where the extension was built
+    native   csrc/cpu/<stem>.cpp, csrc/cuda/<stem>.cu        where the extension was built with it
     torch    rlhf_kernels/reference.py                       always
 
 Automatic choice takes the first of `PREFERENCE` that exists. An explicit choice, `RLHF_KERNELS_BACKEND=native` or
@@ -22,7 +22,8 @@ from torch import Tensor
 
 BACKENDS = ("triton", "native", "torch")
 
-# Per device, then per (device, op) where a measurement says otherwise.
+# Per device, then per (device, op) where a measurement in benchmarks/results/ says otherwise. None has been made on a
+# GPU yet: there Triton comes first because it has every op.
 PREFERENCE: dict[str | tuple[str, str], tuple[str, ...]] = {
     "cuda": ("triton", "native", "torch"),
     "cpu": ("native", "torch"),
