@@ -76,9 +76,13 @@ Head::Head(const at::Tensor& weight_in, const std::optional<at::Tensor>& bias)
       type(compute_type(weight_in)),
       bias_(bias && !bf16 ? bias->to(type) : bias) {}
 
+int64_t Head::rows_that_fit(std::optional<int64_t> memory_budget) const {
+  const auto row_bytes = vocabulary * static_cast<int64_t>(c10::elementSize(type));
+  return std::max<int64_t>(memory_budget.value_or(bf16 ? kBudgetBf16 : kBudget) / row_bytes, 1);
+}
+
 std::vector<int64_t> Head::chunks(int64_t rows, std::optional<int64_t> memory_budget) const {
-  const int64_t row_bytes = vocabulary * c10::elementSize(type);
-  const int64_t most = std::max<int64_t>(memory_budget.value_or(bf16 ? kBudgetBf16 : kBudget) / row_bytes, 1);
+  const int64_t most = rows_that_fit(memory_budget);
   const int64_t number = std::max<int64_t>((rows + most - 1) / most, 1), size = (rows + number - 1) / number;
   const int64_t step = std::max<int64_t>(std::min((size + 31) / 32 * 32, most), 1);
   std::vector<int64_t> starts;

@@ -5,6 +5,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -40,6 +41,8 @@ class Head {
 
   // Chunks of equal size whose logits fit the budget, as the rows where they start and the end of the last.
   std::vector<int64_t> chunks(int64_t rows, std::optional<int64_t> memory_budget) const;
+
+  int64_t rows_that_fit(std::optional<int64_t> memory_budget) const;
 
   at::Tensor logits(const at::Tensor& hidden);
   at::Tensor gradient(const at::Tensor& logits) const;

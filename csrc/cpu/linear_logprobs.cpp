@@ -4,9 +4,9 @@
 #include <torch/library.h>
 
 #include "linear.h"
+#include "ops.h"
 
 namespace rlhf_kernels {
-namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_fwd_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const std::optional<at::Tensor>& mask,
@@ -74,8 +74,6 @@ Tensor3 linear_logprobs_bwd_cpu(const at::Tensor& hidden, const at::Tensor& weig
   });
   return grads.result();
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
   m.impl("linear_logprobs_fwd", linear_logprobs_fwd_cpu);
