@@ -1,8 +1,6 @@
 // Reward-model losses. A batch has as many numbers here as a rollout has in one row, so all sums are in fp64 and in order;
 // only the comparisons of every response with every other run in parallel.
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <array>
@@ -10,31 +8,13 @@
 #include <vector>
 
 #include "common.h"
+#include "numbers.h"
 
 namespace rlhf_kernels {
 namespace {
 
 using Loss = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Doubles = std::vector<double>;
-
-Doubles doubles(const at::Tensor& tensor) {
-  const at::Tensor wide = tensor.to(at::kDouble).contiguous();
-  return Doubles(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
-}
-
-std::vector<int64_t> integers(const at::Tensor& tensor) {
-  const at::Tensor wide = tensor.to(at::kLong).contiguous();
-  return std::vector<int64_t>(wide.const_data_ptr<int64_t>(), wide.const_data_ptr<int64_t>() + wide.numel());
-}
-
-at::Tensor tensor_of(const double* values, at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor result = at::empty(sizes, options);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, result.scalar_type(), "rm_losses", [&] {
-    auto* out = result.mutable_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < result.numel(); ++i) out[i] = static_cast<scalar_t>(values[i]);
-  });
-  return result;
-}
 
 template <size_t N>
 Loss result_of(const at::Tensor& scores, double loss, const std::array<double, N>& stats, const Doubles* gradient) {
