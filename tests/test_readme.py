@@ -53,16 +53,18 @@ def test_make_targets_exist():
 
 def test_op_table_is_true():
     rows = re.findall(
-        r"^\| (`.*?) \| .* \| (yes|–) \|$", README.split("<!-- benchmarks:begin -->")[0], flags=re.MULTILINE
+        r"^\| (`.*?) \| .* \| (CPU|CPU, CUDA|–) \|$", README.split("<!-- benchmarks:begin -->")[0], flags=re.MULTILINE
     )
     listed = [name for names, _ in rows for name in re.findall(r"`(\w+)`", names)]
     assert sorted(listed) == sorted(set(rk.__all__) - {"use_backend", "backend"})
     if importlib.util.find_spec("rlhf_kernels._C") is None:
         pytest.skip("the C++ extension is not built: its column cannot be checked")
     ops = rk.backend.table("cpu")
+    cuda = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     for names, native in rows:
         for name in re.findall(r"`(\w+)`", names):
             stem = name.removesuffix("_entropy")
             registered = [op for op in ops if op in (stem, f"{stem}_fwd", f"{stem}_bwd")]
             has = bool(registered) and rk.backend.has(stem, "native", "cpu")
-            assert has == (native == "yes"), name
+            assert has == native.startswith("CPU"), name
+            assert bool(re.search(rf'm\.impl\("{stem}(_fwd)?"', cuda)) == native.endswith("CUDA"), name

@@ -1,65 +1,17 @@
-// Policy and reference in one pass over both logits. The two rows go block by block through the L1 cache together, where
-// Σ p · (log p − log q) is gathered beside the sums of each.
+// Log-probabilities under policy and reference, entropy and KL in one pass over both logits.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/ScalarTypeToTypeMeta.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <optional>
 
 #include "common.h"
-#include "softmax_rows.h"
+#include "pair_sums.h"
 
 namespace rlhf_kernels {
 namespace {
-
-template <typename T>
-struct PairSums {
-  RowSums<T> policy, reference;
-  double difference = 0;  // Σ exp(d) · (d − d_ref)
-
-  template <typename scalar_t>
-  void add(const T* x, const T* y, int64_t n, T inverse, const scalar_t* next_x, const scalar_t* next_y) {
-    const double before = policy.sum;
-    const double drop = policy.rise(block_max(x, n), inverse), ref_drop = reference.rise(block_max(y, n), inverse);
-    difference = std::exp(drop) * (difference + (drop - ref_drop) * before);
-    const T origin = policy.base(), ref_origin = reference.base();
-    T sums[kLanes] = {}, weighted[kLanes] = {}, ref_sums[kLanes] = {}, differences[kLanes] = {};
-    const auto add_one = [&](int64_t i, int64_t lane) {
-      const T d = (x[i] - origin) * inverse, ref_d = (y[i] - ref_origin) * inverse, e = fast_exp(d);
-      sums[lane] += e;
-      weighted[lane] += e * bounded(d);
-      ref_sums[lane] += fast_exp(ref_d);
-      differences[lane] += e > 0 ? e * (d - ref_d) : T(0);  // 0 · ∞ would be NaN
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      prefetch_lanes(next_x + i);
-      prefetch_lanes(next_y + i);
-#pragma omp simd
-      for (int64_t lane = 0; lane < kLanes; ++lane) add_one(i + lane, lane);
-    }
-#pragma omp simd
-    for (int64_t lane = 0; lane < n - i; ++lane) add_one(i + lane, lane);
-    policy.sum += lane_sum(sums);
-    policy.weighted += lane_sum(weighted);
-    reference.sum += lane_sum(ref_sums);
-    difference += lane_sum(differences);
-  }
-
-  T kl() const {
-    if (policy.empty()) return 0;
-    return static_cast<T>(difference / policy.sum - std::log(policy.sum) + std::log(reference.sum));
-  }
-};
-
-// Both logits in the wider of their dtypes, so that a kernel is made for one dtype only.
-std::pair<at::Tensor, at::Tensor> in_one_dtype(const at::Tensor& logits, const at::Tensor& ref_logits) {
-  const auto type = c10::promoteTypes(logits.scalar_type(), ref_logits.scalar_type());
-  return {logits.to(type), ref_logits.to(type)};
-}
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -91,13 +43,10 @@ Outputs policy_ref_logprobs_fwd_cpu(const at::Tensor& logits, const at::Tensor& 
         } else if (token[i] >= 0 && (!counts || counts[i])) {
           const auto *p = policy_rows.row<scalar_t>(i), *q = ref_rows.row<scalar_t>(i);
           PairSums<T> sums;
-          for_blocks(p, vocabulary, T(0), [&](int64_t start, int64_t n, const T* block, const scalar_t* next) {
-            T buffer[kBlock];
-            sums.add(block, widened(q + start, n, buffer), n, inverse, next, q + start + kBlock);
-          });
-          policy = sums.policy.stats(static_cast<T>(p[token[i]]), inverse, true);
-          reference = sums.reference.stats(static_cast<T>(q[token[i]]), inverse, false);
-          kl = sums.kl();
+          sums.add_rows(p, q, vocabulary, inverse);
+          policy = sums.first.stats(static_cast<T>(p[token[i]]), inverse, true);
+          reference = sums.second.stats(static_cast<T>(q[token[i]]), inverse, false);
+          kl = static_cast<T>(sums.kl());
         }
         int64_t k = i;
         for (const T value : {policy.logprob, reference.logprob, policy.entropy, kl, policy.lse, reference.lse}) {
