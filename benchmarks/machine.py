@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+import rlhf_kernels as rk
+
 from .clock import Clock, clock_of
 
 STREAM_BYTES = 1 << 30  # far beyond any cache
@@ -34,7 +36,7 @@ def environment(device: str) -> dict[str, str | int | float]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "compiler": _first_line([*shlex.split(os.environ.get("CXX", "c++")), "--version"]),
-        "extension": _extension(),
+        "extension": rk.backend.extension_info(),
         "commit": _first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -60,13 +62,6 @@ def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def _extension() -> str:
-    if importlib.util.find_spec("rlhf_kernels._C") is None:
-        return "not built"
-    info = importlib.import_module("rlhf_kernels._C").build_info()
-    return ", ".join(f"{key} {value}" for key, value in info.items())
 
 
 def _first_line(command: list[str]) -> str:

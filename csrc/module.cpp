@@ -23,17 +23,12 @@ pybind11::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["cpu"] = instruction_set();
-#ifdef RLHF_KERNELS_CUDA
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
   return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native kernels of rlhf_kernels; importing this module registers them.";
-  m.def("build_info", &build_info, "What the extension was built with: torch, compiler, cpu instruction set, cuda.");
+  m.def("build_info", &build_info, "What the module was built with: torch, compiler, cpu instruction set.");
 }

@@ -1,6 +1,5 @@
 """`python -m rlhf_kernels`: what a bug report needs."""
 
-import importlib
 import importlib.util
 import platform
 
@@ -13,11 +12,7 @@ def main() -> None:
     print(f"rlhf_kernels {rlhf_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     triton = importlib.util.find_spec("triton") is not None
     print(f"CUDA {torch.version.cuda or 'none'}, Triton {'found' if triton else 'none'}, {platform.platform()}")
-    if importlib.util.find_spec("rlhf_kernels._C"):
-        info = importlib.import_module("rlhf_kernels._C").build_info()
-        print("extension:", ", ".join(f"{key} {value}" for key, value in info.items()))
-    else:
-        print("extension: not built")
+    print("extension:", rlhf_kernels.backend.extension_info())
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     tables = {device: rlhf_kernels.backend.table(device) for device in devices}
     for op in tables["cpu"]:

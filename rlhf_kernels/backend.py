@@ -174,14 +174,38 @@ def import_triton(stem: str) -> Any:
     return importlib.import_module(path) if importlib.util.find_spec(path) else None
 
 
+# Modules of native kernels by what the CPU can do; a build for this machine has `_C` alone.
+_CPU_MODULES = {"AVX512": ("_C_avx512", "_C_avx2", "_C"), "AVX2": ("_C_avx2", "_C")}
+
+
+def extension_modules() -> list[str]:
+    """The C++ modules that were built and that this machine can run: one of CPU kernels, and `_cuda`."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    wanted = _CPU_MODULES.get(capability, ("_C",))
+    found = [f"{__package__}.{name}" for name in wanted if importlib.util.find_spec(f"{__package__}.{name}")][:1]
+    if importlib.util.find_spec(f"{__package__}._cuda"):
+        found.append(f"{__package__}._cuda")
+    return found
+
+
 def load_extension() -> bool:
     """Import the C++ extension, which registers its kernels; warns once and returns False where it was not built."""
-    if importlib.util.find_spec(f"{__package__}._C") is None:
+    modules = extension_modules()
+    if not modules:
         warnings.warn(
             "rlhf_kernels: the C++ extension is not built, so ops run on the slower torch backend. "
             "To build it: pip install --no-build-isolation with a C++ compiler and torch installed.",
             stacklevel=3,
         )
-        return False
-    importlib.import_module(f"{__package__}._C")
-    return True
+    for module in modules:
+        importlib.import_module(module)
+    return bool(modules)
+
+
+def extension_info() -> str:
+    """What the loaded modules were built with, for a bug report."""
+    parts = []
+    for module in extension_modules():
+        info = importlib.import_module(module).build_info()
+        parts.append(f"{module.split('.')[1]} ({', '.join(f'{key} {value}' for key, value in info.items())})")
+    return " ".join(parts) or "not built"

@@ -184,6 +184,23 @@ def test_report(without_extension):
     assert all(choice.startswith("cpu: torch") for choice in chosen.values())
 
 
+@pytest.mark.parametrize(
+    ("capability", "built", "chosen"),
+    [
+        ("AVX512", "_C _C_avx2 _C_avx512", "_C_avx512"),
+        ("AVX2", "_C _C_avx2 _C_avx512", "_C_avx2"),
+        ("DEFAULT", "_C _C_avx2 _C_avx512", "_C"),
+        ("AVX512", "_C", "_C"),
+        ("AVX512", "_C _cuda", "_C _cuda"),
+        ("AVX2", "", ""),
+    ],
+)
+def test_module_for_this_cpu(monkeypatch, capability, built, chosen):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name.split(".")[1] in built.split() or None)
+    assert backend.extension_modules() == [f"rlhf_kernels.{name}" for name in chosen.split()]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("rlhf_kernels._C") is None, reason="the extension is not built")
 def test_report_of_the_extension():
     (line,) = [line for line in run("-m", "rlhf_kernels").stdout.splitlines() if line.startswith("extension:")]

@@ -59,7 +59,7 @@ def test_cuda_compiles_without_warnings(source, tmp_path):
     output = run(
         *("nvcc", "-c", "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"),
         *(flag for target in targets for flag in ("-gencode", target)),
-        *(*includes, "-I", ROOT / "csrc", "-DRLHF_KERNELS_CUDA"),
+        *(*includes, "-I", ROOT / "csrc"),
         *([] if torch.version.cuda else ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]),  # a header that only CUDA builds have
         *(source, "-o", tmp_path / "object.o"),
     )
