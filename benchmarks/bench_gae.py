@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
+from . import peers as peers_
 from .harness import Case, Work
 
 GAMMA, LAM = 1.0, 0.95
@@ -51,7 +52,7 @@ def formula(case: Case):
 
 
 def peers(case: Case):
-    return {"loop as in verl": loop, "torch.compile": UNROLLED}
+    return {"loop as in verl": loop, "torch.compile": UNROLLED} | peers_.gae_of_torchrl(GAMMA, LAM)
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
+from . import peers as peers_
 from .bench_token_logprobs import logprobs
 from .harness import Case, Work, sliced
 
@@ -67,6 +68,7 @@ def peers(case: Case):
         peers["F.linear_cross_entropy"] = cross_entropy
     else:
         peers["F.linear_cross_entropy"] = f"torch {torch.__version__} does not have it"
+    peers["TRL ChunkedLogProbFunction"] = peers_.of("trl", peers_.trl_chunked_logprob)
     return peers
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
+from . import peers as peers_
 from .bench_linear_logprobs import inputs as linear_inputs
 from .bench_linear_logprobs import plain as linear_logprobs
 from .bench_linear_logprobs import plain_in_slices as linear_logprobs_in_slices
@@ -57,7 +58,11 @@ def formula(case: Case):
 
 
 def peers(case: Case):
-    return {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+    return {
+        "torch eager": plain,
+        "torch.compile": torch.compile(plain, dynamic=False),
+        "Liger GRPO loss": peers_.of("liger_kernel", functools.partial(peers_.liger_grpo, CLIPRANGE)),
+    }
 
 
 def plain(

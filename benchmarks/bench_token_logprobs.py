@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
+from . import peers as peers_
 from .harness import Case, Work, sliced
 
 
@@ -56,7 +57,12 @@ def formula(case: Case):
 
 def peers(case: Case):
     plain = logprobs_entropy if case.variant == "entropy" else logprobs
-    return {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+    found = {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+    if case.variant != "entropy":
+        found["F.cross_entropy"] = peers_.cross_entropy
+        found["TRL selective_log_softmax"] = peers_.of("trl", peers_.trl_selective_log_softmax)
+        found["Liger cross entropy"] = peers_.of("liger_kernel", peers_.liger_cross_entropy)
+    return found
 
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
