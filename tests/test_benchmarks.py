@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: wrong results are never timed, and the README shows the files in results/."""
 
+import importlib.util
 import json
 import os
 import re
@@ -377,8 +378,11 @@ def test_quick_run_of_one_op_writes_json(tmp_path):
     assert results["ceilings"]["read"] > 1e8 and results["ceilings"]["matmul fp32"] > 1e8
     assert {row["op"] for row in results["rows"]} == {"gae"}
     found = {row["provider"]: row for row in results["rows"]}
-    assert set(found) == {"ours native", "ours torch", "loop as in verl", "torch.compile"}
+    torchrl = {"torchrl vectorised", "torchrl loop"}
+    assert set(found) == {"ours native", "ours torch", "loop as in verl", "torch.compile"} | torchrl
     assert found["torch.compile"]["status"].startswith("missing")
+    there = importlib.util.find_spec("torchrl") is not None
+    assert {found[name]["status"] == "ok" for name in torchrl} == {there}
     assert (found["ours native"]["status"] == "ok") == rk.backend.has("gae", "native", "cpu")
     for name in ("ours torch", "loop as in verl"):
         low, high = found[name]["quartiles_ms"]
