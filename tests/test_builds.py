@@ -18,8 +18,10 @@ MAX_SPILL = 256  # bytes a thread, in the kernels for unaligned inputs and for f
 
 
 def run(*command, **environment):
+    # Of what this process runs under, these would make a child believe that it is a worker of pytest-xdist.
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        [str(part) for part in command], cwd=ROOT, env=mine | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout + done.stderr
@@ -29,11 +31,9 @@ def run_op_tests(library, sources, *arguments, **environment):
     """The tests of the ops that these sources implement, on the native backend of this build of the extension."""
     files = [path for path in (ROOT / "tests" / f"test_{source.stem}.py" for source in sources) if path.exists()]
     assert files
-    # Of what the parent process runs under, pytest-xdist's variables would make the child believe it is a worker.
-    clean = {"PYTEST_XDIST_WORKER": "", "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "2"}
     output = run(
         *(sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files, *arguments),
-        **(clean | environment | {"RLHF_TEST_EXTENSION": str(library)}),
+        **(environment | {"OMP_NUM_THREADS": "2", "RLHF_TEST_EXTENSION": str(library)}),
     )
     assert " passed" in output
     assert " skipped" not in output, "a kernel is missing in this build"
