@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from rlhf import ppo
+from rlhf import kl_control, ppo, ppo_update
 from rlhf.config import UserError
 from rlhf.data import load_task
+from rlhf.experience import Models, make_experience, score_rollout
 from rlhf.model import load_policy, load_reward_model
 from rlhf.rollout import generate
 from rlhf.run import Run
@@ -39,7 +40,7 @@ def metrics(folder):
 def models(start):
     policy, tokenizer = load_policy(start.policy)
     value, _ = load_reward_model(start.policy)
-    return ppo.Models(policy, value, load_policy(start.policy)[0], load_reward_model(start.reward_model)[0], tokenizer)
+    return Models(policy, value, load_policy(start.policy)[0], load_reward_model(start.reward_model)[0], tokenizer)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def experience(models, start, tmp_path):
     settings = config(tmp_path / "run", start)
     run = Run.create(settings.out, "ppo", settings)
     rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:8], response_length=8)
-    return ppo.make_experience(models, rollout, settings, 0.05, run)
+    return make_experience(models, rollout, settings, 0.05, run)
 
 
 # --- the guards ---
@@ -57,19 +58,19 @@ def experience(models, start, tmp_path):
 def test_first_ratio_must_be_one(models, experience, start, tmp_path):
     settings = config(tmp_path, start)
     rows = torch.arange(8)
-    ppo.minibatch_backward(models, experience, rows, settings, check_ratio=True)
+    ppo_update.minibatch_backward(models, experience, rows, settings, check_ratio=True)
     with torch.no_grad():
         next(models.policy.parameters()).mul_(1.01)
     with pytest.raises(UserError, match="ratio of the first minibatch must be 1 to 1e-05"):
-        ppo.minibatch_backward(models, experience, rows, settings, check_ratio=True)
+        ppo_update.minibatch_backward(models, experience, rows, settings, check_ratio=True)
 
 
 def test_negative_kl_alarm(tmp_path, start):
     settings = config(tmp_path, start)
-    ppo.check_kl(-0.9, settings)
-    ppo.check_kl(-5.0, dataclasses.replace(settings, kl_estimator="abs"))
+    kl_control.check_kl(-0.9, settings)
+    kl_control.check_kl(-5.0, dataclasses.replace(settings, kl_estimator="abs"))
     with pytest.raises(UserError, match=r"is -1\.50 nats a response, and a KL is never negative"):
-        ppo.check_kl(-1.5, settings)
+        kl_control.check_kl(-1.5, settings)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,8 @@ def test_negative_kl_alarm(tmp_path, start):
 )
 def test_adaptive_kl(tmp_path, start, sequence_kl, expected):
     settings = config(tmp_path, start, kl_control="adaptive", kl_target=6.0, batch_size=256, kl_horizon=10_000.0)
-    assert ppo.adapt_kl_coef(0.2, sequence_kl, settings) == pytest.approx(expected, abs=1e-9)
-    assert ppo.adapt_kl_coef(0.2, sequence_kl, dataclasses.replace(settings, kl_control="fixed")) == 0.2
+    assert kl_control.adapt_kl_coef(0.2, sequence_kl, settings) == pytest.approx(expected, abs=1e-9)
+    assert kl_control.adapt_kl_coef(0.2, sequence_kl, dataclasses.replace(settings, kl_control="fixed")) == 0.2
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,8 @@ def test_missing_eos_penalty_is_not_spread(models, start, tmp_path):
     settings = config(tmp_path, start, reward_shaping="abc", missing_eos_penalty=2.5)
     rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:8], response_length=6)
     rollout.terminated = torch.tensor([True, False] * 4)
-    free, spread = ppo.score_rollout(models, rollout, dataclasses.replace(settings, missing_eos_penalty=0.0))
-    score, attention = ppo.score_rollout(models, rollout, settings)
+    free, spread = score_rollout(models, rollout, dataclasses.replace(settings, missing_eos_penalty=0.0))
+    score, attention = score_rollout(models, rollout, settings)
     torch.testing.assert_close(free - score, torch.tensor([0.0, 2.5] * 4))
     torch.testing.assert_close(attention[::2], spread[::2])
     last = rollout.batch.mask.sum(1) - 1
@@ -137,7 +138,7 @@ def test_micro_batches_give_the_same_gradient(models, experience, start, tmp_pat
     for size in (None, 3):
         for model in (models.policy, models.value):
             model.zero_grad()
-        stats = ppo.minibatch_backward(models, experience, rows, config(tmp_path, start, micro_batch=size))
+        stats = ppo_update.minibatch_backward(models, experience, rows, config(tmp_path, start, micro_batch=size))
         gradients.append(
             [p.grad.clone() for m in (models.policy, models.value) for p in m.parameters() if p.grad is not None]
         )
@@ -186,7 +187,7 @@ def test_ppo_raises_the_reward(tmp_path, start, monkeypatch, shaping):
     def even_tokens(model, tokens, attention_mask, **_):
         return 4 * (tokens[:, -8:] % 2 == 0).float().mean(1) - 2
 
-    monkeypatch.setattr(ppo, "scores", even_tokens)
+    monkeypatch.setattr("rlhf.experience.scores", even_tokens)
     settings = config(
         tmp_path / "run",
         start,

@@ -1,0 +1,58 @@
+"""The flags of `rlhf ppo`."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+from .config import CommonConfig, UserError, option
+from .credit import KINDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(CommonConfig):
+    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
+    rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
+    ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
+    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    steps: int = option(25, "rollouts, each followed by its updates")
+    batch_size: int = option(128, "responses sampled a step, one a prompt")
+    num_ppo_epochs: int = option(4, "passes over each rollout")
+    num_mini_batches: int = option(2, "optimiser steps in a pass")
+    micro_batch: int | None = option(None, "rows through a model at a time; all of a minibatch unless given")
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given")
+    temperature: float = option(1.0, "sampling temperature; the same one scores the tokens")
+    learning_rate: float = option(2e-4, "policy's peak learning rate, falling linearly to 0; pretrained: about 3e-6")
+    value_learning_rate: float | None = option(None, "the value model's; the policy's unless given")
+    adam_eps: float = option(1e-5, "Adam's epsilon")
+    max_grad_norm: float = option(1.0, "gradient norm at which each model's gradient is clipped")
+    reward_shaping: str = option("terminal", "how the score is spread over the tokens", choices=KINDS)
+    beta: float = option(0.8, "share of the score that is spread, 0 to 1; the rest stays on the last token")
+    missing_eos_penalty: float = option(1.0, "subtracted from the score of a response that was cut off; not spread")
+    kl_coef: float = option(0.05, "weight of the KL penalty in the reward")
+    kl_estimator: str = option("k1", "estimate of the KL in the reward", choices=("k1", "k2", "k3", "abs", "pos"))
+    kl_control: str = option("fixed", "adaptive moves kl_coef towards kl_target", choices=("fixed", "adaptive"))
+    kl_target: float = option(6.0, "target of the adaptive control: nats a response, summed over its tokens")
+    kl_horizon: float = option(10_000.0, "responses over which the adaptive control may change kl_coef e-fold")
+    cliprange: float = option(0.2, "the ratio's lower bound is 1 − cliprange")
+    cliprange_high: float | None = option(None, "the ratio's upper bound is 1 + cliprange_high; cliprange unless given")
+    cliprange_value: float = option(0.2, "how far a value may move from its old one")
+    dual_clip: float | None = option(None, "bound of the ratio for negative advantages, greater than 1")
+    vf_coef: float = option(0.1, "weight of the value loss")
+    gamma: float = option(1.0, "discount, 0 to 1")
+    lam: float = option(0.95, "λ of GAE, 0 to 1")
+    whiten_advantages: bool = option(True, "whiten the advantages over the rollout")
+    value_init: str = option("rm", "weights the value model starts from; its head starts at 0", choices=("rm", "init"))
+    eval_every: int = option(5, "steps between evaluations on held-out prompts; 0 for only the first and the last")
+    eval_samples: int = option(128, "responses in an evaluation")
+    num_samples: int = option(8, "held-out responses whose credit is written to samples.jsonl at the end")
+    save_steps: int = option(0, "steps between checkpoints; 0 for none")
+    save_total_limit: int = option(2, "checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.num_mini_batches:
+            raise UserError(
+                f"batch_size must be a multiple of num_mini_batches {self.num_mini_batches}, got {self.batch_size}"
+            )
+        if self.missing_eos_penalty < 0:
+            raise UserError(f"missing_eos_penalty is subtracted and must be at least 0, got {self.missing_eos_penalty}")
