@@ -21,6 +21,9 @@ from rlhf.config import CommonConfig, UserError, option
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig(CommonConfig):
     kl_coef: float = option(0.05, "weight of the KL (nats⁻¹), 5 % of the reward")
+    lam: float = option(0.95, "λ of GAE", low=0, high=1)
+    fractions: tuple[float, ...] = option((), "shares to hold out", above=0, below=1)
+    clip: float | None = option(None, "bound of the ratio", above=1)
     num_mini_batches: int = option(4, "minibatches a step")
     reward_shaping: str = option("terminal", "where the score goes", choices=("terminal", "abc"))
     whiten: bool = option(True, "whiten the advantages")
@@ -124,6 +127,10 @@ def test_stage_names_take_underscores(monkeypatch, toy):
         (["--kl-coef"], "argument --kl-coef: expected one argument"),
         (["--reward-shaping", "dense"], "reward_shaping must be one of terminal, abc, got 'dense'"),
         (["--num-mini-batches", "0"], "num_mini_batches must be at least 1, got 0"),
+        (["--lam", "1.01"], "lam must be at least 0 and at most 1, got 1.01"),
+        (["--lam", "nan"], "lam must be at least 0 and at most 1, got nan"),
+        (["--fractions", "0.5", "0"], "fractions must be greater than 0 and less than 1, got 0.0"),
+        (["--clip", "1"], "clip must be greater than 1, got 1.0"),
         (["--resume", "--overwrite"], "resume and overwrite exclude each other, got both"),
     ],
 )
@@ -246,6 +253,7 @@ def test_stage_help_shows_every_flag_with_its_default(toy, capsys):
     ):
         assert flag in text
     assert "weight of the KL (nats⁻¹), 5 % of the reward (default: 0.05)" in text
+    assert "λ of GAE (default: 0.95; at least 0 and at most 1)" in text
     assert "run folder to write (required)" in text
     assert "whiten the advantages (default: on)" in text and "data files (default: none)" in text
     assert toy == []

@@ -161,7 +161,7 @@ def test_best_responses_stand_in_for_demonstrations(tmp_path):
     [
         ("epochs", 0, "epochs must be at least 1, got 0"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
-        ("eval_fraction", 1.0, r"eval_fraction must lie in \[0, 1\), got 1.0"),
+        ("eval_fraction", 1.0, r"eval_fraction must be at least 0 and less than 1, got 1.0"),
         ("max_length", 1, "max_length must be at least 2, got 1"),
         ("lr_scheduler", "step", "lr_scheduler must be one of linear, cosine, constant"),
     ],

@@ -35,24 +35,23 @@ class BestOfNConfig(CommonConfig):
     rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
-    n: int = option(4, "responses sampled for each prompt, of which the best is kept")
-    num_prompts: int = option(768, "prompts sampled for; they repeat if there are fewer")
-    epochs: int = option(2, "passes over the kept responses")
-    batch_size: int = option(64, "responses in an optimiser step")
-    micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given")
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given")
-    temperature: float = option(1.0, "sampling temperature; the same one scores the tokens")
-    learning_rate: float = option(1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5")
-    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
-    eval_every: int = option(6, "steps between evaluations on held-out prompts; 0 for only the first and the last")
-    eval_samples: int = option(128, "responses in an evaluation; also those of the best-of-n estimate")
-    save_steps: int = option(0, "steps between checkpoints; 0 for none")
-    save_total_limit: int = option(2, "checkpoints to keep")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n < 2:
-            raise UserError(f"n must be at least 2, got {self.n}")
+    n: int = option(4, "responses sampled for each prompt, of which the best is kept", low=2)
+    num_prompts: int = option(768, "prompts sampled for; they repeat if there are fewer", low=1)
+    epochs: int = option(2, "passes over the kept responses", low=1)
+    batch_size: int = option(64, "responses in an optimiser step", low=1)
+    micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given", low=1)
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
+    temperature: float = option(1.0, "sampling temperature; the same one scores the tokens", above=0)
+    learning_rate: float = option(
+        1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5", above=0
+    )
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped", above=0)
+    eval_every: int = option(
+        6, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
+    )
+    eval_samples: int = option(128, "responses in an evaluation; also those of the best-of-n estimate", low=1)
+    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
+    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
 
 # -------------------------------------------------------------------------------------------------------- estimates

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from . import __version__
-from .config import CommonConfig, UserError
+from .config import CommonConfig, UserError, range_text
 
 
 class Stage(NamedTuple):
@@ -214,14 +214,16 @@ def _required(field: Any) -> bool:
 
 
 def _default_text(field: Any) -> str:
+    allowed = range_text(field)
+    allowed = allowed and f"; {allowed}"
     if _required(field):
-        return "(required)"
+        return f"(required{allowed})"
     default = field.default
     if isinstance(default, tuple):
         default = " ".join(map(str, default)) or "none"
     if isinstance(default, bool):
         default = "on" if default else "off"
-    return f"(default: {'none' if default is None else default})"
+    return f"(default: {'none' if default is None else default}{allowed})"
 
 
 def _with_dashes(argument: str) -> str:

@@ -1,6 +1,8 @@
 """What the stage configurations share. A stage's config is a frozen dataclass; each field is a flag of its command."""
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -9,9 +11,24 @@ class UserError(ValueError):
     """A mistake in what the user asked for; the command line shows it as one line, without a traceback."""
 
 
-def option(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
-    """A config field with its help text (units included). `default=MISSING` makes the flag required."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[Any, ...] | None = None,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A config field with its help text (units included) and its range, which `check_options` holds it to.
+
+    `default=MISSING` makes the flag required. low and high belong to the range, above and below do not; None, where
+    the field may be None, is always in it.
+    """
+    bounds = {"at least": low, "greater than": above, "at most": high, "less than": below}
+    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +36,7 @@ class CommonConfig:
     """The flags of every training stage. A subclass with a `__post_init__` of its own calls this one's first."""
 
     out: str = option(MISSING, "run folder to write")
-    seed: int = option(0, "seed of every random number generator")
+    seed: int = option(0, "seed of every random number generator", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     dtype: str = option("float32", "dtype of the models' weights", choices=("float32", "bfloat16"))
     resume: bool = option(False, "continue the run in --out from its last checkpoint, or start it")
@@ -27,14 +44,34 @@ class CommonConfig:
     report_to: str = option("none", "also write the metrics for this tracker", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other, got both")
 
 
-def check_choices(config: Any) -> None:
-    """Raises UserError where a field of the dataclass has a value outside the `choices` of its option."""
+INSIDE: dict[str, Callable[[float, float], bool]] = {
+    "at least": operator.ge,
+    "greater than": operator.gt,
+    "at most": operator.le,
+    "less than": operator.lt,
+}
+
+
+def check_options(config: Any) -> None:
+    """Raises UserError where a field of the dataclass lies outside the choices or the range of its option."""
     for field in fields(config):
         choices, value = field.metadata.get("choices"), getattr(config, field.name)
-        if choices and value not in choices:
-            raise UserError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is None:
+                continue
+            if choices and item not in choices:
+                raise UserError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {item!r}")
+            # NaN is outside of every range, so a range is also what keeps it out.
+            bounds = field.metadata.get("bounds", {})
+            if not all(INSIDE[word](item, bound) for word, bound in bounds.items()):
+                raise UserError(f"{field.name} must be {range_text(field)}, got {item}")
+
+
+def range_text(field: Any) -> str:
+    """What a field's range asks for, "at least 0 and less than 1"; nothing for a field without one."""
+    return " and ".join(f"{word} {bound:g}" for word, bound in field.metadata.get("bounds", {}).items())

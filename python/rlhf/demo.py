@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import best_of_n, evaluate, ppo, report, rm, rrhf, sft
-from .config import check_choices, option
+from .config import check_options, option
 
 METHODS = {
     "sft": "SFT",
@@ -30,13 +30,13 @@ SMALL_DATA: dict[str, Any] = {"epochs": 4, "token_dropout": 0.4, "batch_size": 8
 class DemoConfig:
     out: str = option("runs/demo", "folder for the runs and the report")
     data: str = option("reviews", '"reviews", the generated task; or a folder or file, as in the stages')
-    seed: int = option(0, "seed of every stage")
+    seed: int = option(0, "seed of every stage", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
-    eval_samples: int = option(512, "responses in each method's final evaluation")
+    eval_samples: int = option(512, "responses in each method's final evaluation", low=1)
     overwrite: bool = option(False, "replace the runs that are in --out")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
 
 
 def main(config: DemoConfig) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import UserError, check_choices, option
+from .config import UserError, check_options, option
 from .data import Gold, Task, load_task
 from .files import write_atomically
 from .model import load_policy, load_reward_model, response_logits, scores
@@ -33,19 +33,17 @@ class EvaluateConfig:
     data: str = option("reviews", '"reviews", a folder or a file: gives the held-out prompts and the gold judge')
     against: str | None = option(None, "another run folder (or model): print the win rate over it")
     out: str | None = option(None, "file to write; <run>/evaluation.json unless given")
-    samples: int = option(256, "responses to sample, one a held-out prompt; prompts repeat if there are fewer")
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given")
-    temperature: float = option(1.0, "sampling temperature")
-    micro_batch: int | None = option(None, "rows through a model at a time; all unless given")
-    seed: int = option(0, "seed of the sampling and of the data")
+    samples: int = option(256, "responses to sample, one a held-out prompt; prompts repeat if there are fewer", low=1)
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
+    temperature: float = option(1.0, "sampling temperature", above=0)
+    micro_batch: int | None = option(None, "rows through a model at a time; all unless given", low=1)
+    seed: int = option(0, "seed of the sampling and of the data", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     dtype: str = option("float32", "dtype of the models' weights", choices=("float32", "bfloat16"))
     overwrite: bool = option(False, "replace the file if it is there")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.samples < 1:
-            raise UserError(f"samples must be at least 1, got {self.samples}")
+        check_options(self)
 
 
 @dataclass

@@ -40,33 +40,28 @@ class RmConfig(CommonConfig):
     objective: str = option(
         "pairwise", "pairwise: order of the scores; absolute: their values", choices=("pairwise", "absolute")
     )
-    epochs: int = option(3, "passes over the rankings")
-    max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given")
-    batch_size: int = option(16, "rankings (prompts) in an optimiser step")
-    micro_batch: int | None = option(None, "responses through the model at a time; the whole batch unless given")
-    learning_rate: float = option(1e-3, "peak learning rate; pretrained models want about 1e-5")
+    epochs: int = option(3, "passes over the rankings", low=1)
+    max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given", low=1)
+    batch_size: int = option(16, "rankings (prompts) in an optimiser step", low=1)
+    micro_batch: int | None = option(None, "responses through the model at a time; the whole batch unless given", low=1)
+    learning_rate: float = option(1e-3, "peak learning rate; pretrained models want about 1e-5", above=0)
     lr_scheduler: str = option("linear", "how the learning rate falls after the warm-up", choices=KINDS)
-    warmup: float = option(0.05, "share of the steps in which the learning rate climbs, 0 to 1")
-    weight_decay: float = option(0.1, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
-    center_coef: float = option(0.0, "pairwise: weight of (score + score)² of each pair; 0.01 keeps the mean near 0")
-    margin: float = option(0.0, "pairwise: wanted score difference of a pair, as a multiple of its given difference")
-    token_dropout: float = option(0.0, "share of the tokens hidden at random in training; helps on small data sets")
-    max_length: int = option(512, "tokens of a text; a longer one loses its start")
-    eval_every: int = option(50, "steps between evaluations; 0 for only the last")
-    save_steps: int = option(0, "steps between checkpoints; 0 for none")
-    save_total_limit: int = option(2, "checkpoints to keep")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("epochs", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("center_coef", "margin"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.token_dropout < 1:
-            raise UserError(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
+    warmup: float = option(0.05, "share of the steps in which the learning rate climbs", low=0, high=1)
+    weight_decay: float = option(0.1, "AdamW's weight decay", low=0)
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped", above=0)
+    center_coef: float = option(
+        0.0, "pairwise: weight of (score + score)² of each pair; 0.01 keeps the mean near 0", low=0
+    )
+    margin: float = option(
+        0.0, "pairwise: wanted score difference of a pair, as a multiple of its given difference", low=0
+    )
+    token_dropout: float = option(
+        0.0, "share of the tokens hidden at random in training; helps on small data sets", low=0, below=1
+    )
+    max_length: int = option(512, "tokens of a text; a longer one loses its start", low=1)
+    eval_every: int = option(50, "steps between evaluations; 0 for only the last", low=0)
+    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
+    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- data

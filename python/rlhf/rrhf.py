@@ -36,22 +36,26 @@ class RrhfConfig(CommonConfig):
     candidates: str | None = option(
         None, 'file or folder of rows {"prompt", "responses", "scores"} to train on; sampled unless given'
     )
-    num_prompts: int = option(256, "prompts sampled for in each round")
-    num_candidates: int = option(4, "responses sampled for each prompt")
-    rounds: int = option(4, "times that candidates are sampled anew from the policy")
-    epochs: int = option(1, "passes over the candidates of a round")
-    batch_size: int = option(32, "prompts in an optimiser step")
-    micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given")
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given")
-    temperature: float = option(1.0, "sampling temperature; the same one scores the tokens")
-    learning_rate: float = option(1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5")
-    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
-    rank_coef: float = option(1.0, "weight of the ranking loss")
-    sft_coef: float = option(1.0, "weight of the best response's negative log-likelihood (its sum over tokens)")
-    length_power: float = option(1.0, "power of its length that a response's log-probability is divided by")
-    eval_every: int = option(4, "steps between evaluations on held-out prompts; 0 for only the first and the last")
-    eval_samples: int = option(128, "responses in an evaluation")
-    save_total_limit: int = option(2, "checkpoints to keep; there is one after each round")
+    num_prompts: int = option(256, "prompts sampled for in each round", low=1)
+    num_candidates: int = option(4, "responses sampled for each prompt", low=1)
+    rounds: int = option(4, "times that candidates are sampled anew from the policy", low=1)
+    epochs: int = option(1, "passes over the candidates of a round", low=1)
+    batch_size: int = option(32, "prompts in an optimiser step", low=1)
+    micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given", low=1)
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
+    temperature: float = option(1.0, "sampling temperature; the same one scores the tokens", above=0)
+    learning_rate: float = option(
+        1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5", above=0
+    )
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped", above=0)
+    rank_coef: float = option(1.0, "weight of the ranking loss", low=0)
+    sft_coef: float = option(1.0, "weight of the best response's negative log-likelihood (its sum over tokens)", low=0)
+    length_power: float = option(1.0, "power of its length that a response's log-probability is divided by", low=0)
+    eval_every: int = option(
+        4, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
+    )
+    eval_samples: int = option(128, "responses in an evaluation", low=1)
+    save_total_limit: int = option(2, "checkpoints to keep; there is one after each round", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,30 +28,20 @@ if TYPE_CHECKING:
 class SftConfig(CommonConfig):
     model: str = option("tiny", '"tiny" (a small Llama from scratch), a run or model folder, or a hub name')
     data: str = option("reviews", '"reviews", a folder or a file: gives the demonstrations')
-    epochs: int = option(5, "passes over the demonstrations")
-    max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given")
-    batch_size: int = option(64, "demonstrations in an optimiser step")
-    micro_batch: int | None = option(None, "rows through the model at a time; the whole batch unless given")
-    learning_rate: float = option(2e-3, "peak learning rate; pretrained models want about 1e-5")
+    epochs: int = option(5, "passes over the demonstrations", low=1)
+    max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given", low=1)
+    batch_size: int = option(64, "demonstrations in an optimiser step", low=1)
+    micro_batch: int | None = option(None, "rows through the model at a time; the whole batch unless given", low=1)
+    learning_rate: float = option(2e-3, "peak learning rate; pretrained models want about 1e-5", above=0)
     lr_scheduler: str = option("cosine", "how the learning rate falls after the warm-up", choices=KINDS)
-    warmup: float = option(0.05, "share of the steps in which the learning rate climbs, 0 to 1")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped")
-    max_length: int = option(512, "tokens of a text; a longer one loses the start of its prompt, then its end")
-    eval_fraction: float = option(0.05, "share of the demonstrations held out for evaluation, 0 to 1")
-    eval_every: int = option(50, "steps between evaluations; 0 for only the last")
-    save_steps: int = option(0, "steps between checkpoints; 0 for none")
-    save_total_limit: int = option(2, "checkpoints to keep")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 2:
-            raise UserError(f"max_length must be at least 2, got {self.max_length}")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
+    warmup: float = option(0.05, "share of the steps in which the learning rate climbs", low=0, high=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped", above=0)
+    max_length: int = option(512, "tokens of a text; a longer one loses the start of its prompt, then its end", low=2)
+    eval_fraction: float = option(0.05, "share of the demonstrations held out for evaluation", low=0, below=1)
+    eval_every: int = option(50, "steps between evaluations; 0 for only the last", low=0)
+    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
+    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
 
 class StepConfig(Protocol):
