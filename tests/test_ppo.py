@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from rlhf import kl_control, ppo, ppo_update
 from rlhf.config import UserError
 from rlhf.data import load_task
-from rlhf.experience import Models, make_experience, score_rollout
+from rlhf.experience import Models, make_experience, rollout_record, score_rollout
 from rlhf.model import load_policy, load_reward_model
 from rlhf.rollout import generate
 from rlhf.run import Run
@@ -115,6 +116,16 @@ def test_credit_sums_to_the_score(tmp_path, start, shaping):
             assert max(map(abs, sample["credit"][:-1]), default=0) < 1e-5
 
 
+def test_rollout_record(experience):
+    record = rollout_record(experience, 3)
+    mask, kl = experience.batch.mask, experience.kl
+    assert record["step"] == 3 and record["lengths"] == mask.sum(1).tolist()
+    assert sum(record["kl"]) == pytest.approx(kl.sum().item(), abs=1e-6)
+    for t, mean in enumerate(record["kl_by_position"]):
+        column = kl[:, t][mask[:, t]]
+        assert math.isnan(mean) if len(column) == 0 else mean == pytest.approx(column.mean().item(), abs=1e-6)
+
+
 def test_missing_eos_penalty_is_not_spread(models, start, tmp_path):
     torch.manual_seed(1)
     settings = config(tmp_path, start, reward_shaping="abc", missing_eos_penalty=2.5)
@@ -166,6 +177,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):
     monkeypatch.undo()
     parts = ppo.main(config(tmp_path / "parts", start, **changes, resume=True))
     assert metrics(parts) == metrics(whole)
+    assert (parts / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text() != ""
     for name in ("model", "value"):
         saved = [(folder / name / "model.safetensors").read_bytes() for folder in (whole, parts)]
         assert saved[0] == saved[1]

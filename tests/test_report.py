@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import UserError
-from rlhf.report import ReportConfig, gain_over, main, read_runs
+from rlhf.report import ReportConfig, main
+from rlhf.report_runs import grouped, read_runs
+from rlhf.report_tables import gain_over
 
 SENTENCE = "the acting is really warm and sharp , but the plot never quite works , and the score feels dull"
 WORDS = SENTENCE.split()
 PROMPTS = ["the film opens and", "a story about", "you will not", "after an hour", "the director"]
 
 
-def write_run(root: Path, name: str, stage: str, *, metrics=(), samples=(), evaluation=None, summary=None, **info):
+def write_run(
+    root: Path, name: str, stage: str, *, metrics=(), samples=(), rollouts=(), evaluation=None, summary=None, **info
+):
     folder = root / name
     folder.mkdir(parents=True)
     defaults = {
@@ -30,7 +34,8 @@ def write_run(root: Path, name: str, stage: str, *, metrics=(), samples=(), eval
         "summary": summary or {},
     }
     (folder / "run.json").write_text(json.dumps({**defaults, **info}))
-    for file, records in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
+    lines = {"metrics.jsonl": metrics, "samples.jsonl": samples, "rollouts.jsonl": rollouts}
+    for file, records in lines.items():
         if records:
             (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records))
     if evaluation:
@@ -91,7 +96,9 @@ def ppo_metrics(speed: float, peak: float, rng: random.Random, steps: int = 60) 
             "objective/kl": 12 * t * speed / 3 + rng.gauss(0, 0.3),
             "val/ratio": 1 + rng.gauss(0, 0.01),
             "policy/approxkl_avg": 0.01 + rng.expovariate(200),
-            "policy/clipfrac_avg": 0.05 + rng.expovariate(50),
+            "policy/clipfrac_high": 0.03 + rng.expovariate(50),
+            "policy/clipfrac_low": 0.05 + rng.expovariate(50),
+            "tokens/mean_length": 14 + 4 * t,
             "val/clipfrac_avg": 0.02 + rng.expovariate(50),
             "loss/value_avg": 0.8 * math.exp(-3 * t) + rng.expovariate(20),
             "ppo/val/var_explained": 0.7 - 8 * math.exp(-9 * t) + rng.gauss(0, 0.03),
@@ -107,6 +114,23 @@ def ppo_metrics(speed: float, peak: float, rng: random.Random, steps: int = 60) 
             line |= {"eval/gold": gold, "eval/gold_sem": 0.03, "eval/kl": 12 * t * speed / 3, "eval/eos_rate": 0.96}
         lines.append(line)
     return lines
+
+
+def rollouts(rng: random.Random, steps=(1, 20, 40, 60)) -> list[dict]:
+    records = []
+    for step in steps:
+        lengths = [rng.randrange(8, 16) for _ in range(64)]
+        records.append(
+            {
+                "step": step,
+                "scores": [rng.gauss(step / 30, 1) for _ in lengths],
+                "lengths": lengths,
+                "terminated": [length < 15 for length in lengths],
+                "kl": [length * step / 200 + rng.gauss(0, 0.3) for length in lengths],
+                "kl_by_position": [0.002 * step * (1 + t / 8) for t in range(15)] + [None],
+            }
+        )
+    return records
 
 
 def write_pipeline(root: Path) -> Path:
@@ -135,6 +159,7 @@ def write_pipeline(root: Path) -> Path:
             "ppo",
             metrics=ppo_metrics(speed, peak, rng),
             samples=credit_samples(kind, rng),
+            rollouts=rollouts(rng),
             evaluation=evaluation(gold, 2.1, 9.5, rng),
         )
     rrhf_metrics = [
@@ -214,6 +239,8 @@ def test_sections_in_order_and_well_formed(pipeline_report):
         "Reward model",
         "Learning curves",
         "PPO diagnostics",
+        "What the clip held back",
+        "Inside the rollouts",
         "Credit of each token",
         "Responses",
         "Time by phase",
@@ -259,6 +286,7 @@ def test_pngs_beside_the_page(pipeline_report):
     pngs = sorted(path.name for path in folder.glob("*.png"))
     assert {"proxy_reward.png", "gold_reward.png", "kl.png", "gold_vs_kl.png", "calibration_rm.png"} <= set(pngs)
     assert {"loss_sft.png", "loss_rm.png", "loss_rrhf.png", "val_ratio.png", "timings.png"} <= set(pngs)
+    assert {"clip_ppo-abc.png", "scores_ppo-abc.png", "kl_position_ppo-abc.png", "kl_length_ppo-abc.png"} <= set(pngs)
     assert len(pngs) == text.count("<svg")
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
 
@@ -277,7 +305,7 @@ def test_headline_numbers(pipeline_report):
 
 def test_gain_in_standard_errors(tmp_path):
     write_pipeline(tmp_path)
-    sft, _, terminal, *_ = read_runs([str(tmp_path)])
+    sft, _, terminal, *_ = grouped(read_runs([str(tmp_path)]))
     assert gain_over(terminal, sft) == pytest.approx((0.41, 0.41 / (0.02 * math.sqrt(2))))
 
 
@@ -295,7 +323,7 @@ def test_credit_spans(tmp_path):
     assert '<span style="background:rgba(0,158,115,0.85)" title="credit +0.5000, reward +0.4000">good</span>' in text
     assert 'class="minus" style="background:rgba(213,94,0,0.42)" title="credit -0.2500, reward -0.3000">bad' in text
     assert 'background:rgba(0,158,115,0.00)" title="credit +0.0000, reward +0.0000">x' in text
-    assert "largest credit 0.500, step 3" in text
+    assert "step 3, largest credit 0.500" in text
 
 
 def test_text_from_models_and_configs_is_escaped(tmp_path):
@@ -320,10 +348,54 @@ def test_text_from_models_and_configs_is_escaped(tmp_path):
     assert Structure(text).open == []
 
 
+def seeds(root: Path, golds=(0.2, 0.3, 0.4)) -> Path:
+    """Three seeds of one pipeline, whose inputs have the seed in their names, and a run of other settings."""
+    for seed, gold in enumerate(golds):
+        metrics = [{"step": step, "eval/gold": gold * step, "eval/gold_sem": 9.0} for step in (1, 2)]
+        config = {"out": f"runs/ppo-{seed}", "init": f"runs/sft-{seed}", "seed": seed, "learning_rate": 3e-4}
+        judged = {"gold": {"mean": gold, "sem": 0.01}, "length": 10 + seed, "n": 8}
+        write_run(root, f"ppo-{seed}", "ppo", metrics=metrics, evaluation=judged, config=config)
+    write_run(root, "ppo-other", "ppo", config={"init": "runs/sft-0", "seed": 0, "learning_rate": 1e-4})
+    return root
+
+
+def test_seeds_of_one_setting_are_one_group(tmp_path):
+    several, other = grouped(read_runs([str(seeds(tmp_path))]))
+    assert (several.name, several.label, len(several.runs)) == ("ppo", "ppo (3 seeds)", 3)
+    assert (other.name, len(other.runs)) == ("ppo-other", 1)
+    # 0.2, 0.3, 0.4: mean 0.3, sample standard deviation 0.1, over √3.
+    assert several.measured("gold") == pytest.approx({"mean": 0.3, "sem": 0.1 / math.sqrt(3)})
+    assert several.measured("length")["mean"] == 11
+    steps, means, errors = several.series("eval/gold")
+    assert steps == [1, 2] and means == pytest.approx([0.3, 0.6])
+    assert errors == pytest.approx([0.1 / math.sqrt(3), 0.2 / math.sqrt(3)])
+
+
+def test_the_same_seed_twice_is_no_group(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path, name, "ppo")
+    assert [len(group.runs) for group in grouped(read_runs([str(tmp_path)]))] == [1, 1]
+
+
+def test_bands_over_seeds_are_drawn(tmp_path):
+    text = build(tmp_path, seeds(tmp_path / "runs"))
+    assert "between the seeds" in text and ">ppo (3 seeds)</text>" in text
+    assert "<td>3</td>" in text and "0.300 ± 0.058" in text
+
+
+def test_the_same_response_under_every_shaping(tmp_path):
+    sample = {"step": 3, "prompt": "p", "tokens": [" a", " b"], "credit": [0.0, 1.0], "score": 1.0, "gold": None}
+    sample["credit_by_shaping"] = {"terminal": [0.0, 1.0], "grad-x-input": [1.5, -0.5]}
+    text = build(tmp_path, write_run(tmp_path, "ppo", "ppo", samples=[sample]))
+    compared = text[text.index("The same responses under") :]
+    assert "<strong>grad-x-input</strong>" in compared and "largest credit 1.500" in compared
+    assert 'class="minus" style="background:rgba(213,94,0,0.28)" title="credit -0.5000">b' in compared
+
+
 def test_missing_pieces_are_named(tmp_path):
     text = build(tmp_path, write_run(tmp_path, "empty", "sft", seconds=None, finished=False))
     notes = re.findall(r'<p class="missing">(.*?)</p>', text)
-    assert len(notes) == 11
+    assert len(notes) == 13
     assert "None of these runs has an evaluation.json yet; rlhf evaluate makes one." in notes
     assert "<svg" not in text and not list((tmp_path / "report").glob("*.png"))
 
@@ -369,5 +441,6 @@ def test_folder_without_runs_is_refused(tmp_path):
 
 
 def test_same_runs_give_the_same_page(tmp_path):
-    runs = write_pipeline(tmp_path / "runs")
-    assert build(tmp_path, runs) == build(tmp_path, runs, overwrite=True)
+    metrics = ppo_metrics(2.5, 0.5, random.Random(0), steps=3)
+    run = write_run(tmp_path, "ppo", "ppo", metrics=metrics, rollouts=rollouts(random.Random(1), steps=(1, 3)))
+    assert build(tmp_path, run) == build(tmp_path, run, overwrite=True)

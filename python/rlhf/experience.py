@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -117,4 +117,19 @@ def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
         "ppo/returns/mean": rk.masked_mean(experience.returns, mask).item(),
         "val/num_eos_tokens": experience.rollout.terminated.sum().item(),
         "tokens/mean_length": mask.sum(1).float().mean().item(),
+    }
+
+
+def rollout_record(experience: Experience, step: int) -> dict[str, Any]:
+    """One line of rollouts.jsonl: what the means of a step hide. KL in nats, null at positions that no response has."""
+    mask, kl = experience.batch.mask, experience.kl
+    counts = mask.sum(0)
+    by_position = torch.where(counts > 0, kl.sum(0) / counts.clamp(min=1), torch.nan)
+    return {
+        "step": step,
+        "scores": experience.scores.tolist(),
+        "lengths": mask.sum(1).tolist(),
+        "terminated": experience.rollout.terminated.tolist(),
+        "kl": kl.sum(1).tolist(),
+        "kl_by_position": by_position.tolist(),
     }

@@ -78,8 +78,14 @@ def render(figure: Figure, name: str, title: str) -> tuple[str, bytes]:
     return text, png.getvalue()
 
 
-def curves(lines: Sequence[Curve], ylabel: str, reference: Reference | None = None, floor: float | None = None) -> Any:
-    """Lines over training steps. floor: the axis is cut below it."""
+def curves(
+    lines: Sequence[Curve],
+    ylabel: str,
+    reference: Reference | None = None,
+    floor: float | None = None,
+    columns: int = 3,
+) -> Figure:
+    """Lines over training steps. floor: the axis is cut below it. columns: of the legend."""
     figure, axes = _panel("training step", ylabel)
     for line in lines:
         _draw(axes, line)
@@ -89,7 +95,7 @@ def curves(lines: Sequence[Curve], ylabel: str, reference: Reference | None = No
     if floor is not None and axes.get_ylim()[0] < floor:
         axes.set_ylim(bottom=floor)
         axes.set_ylabel(f"{ylabel} (cut at {number(floor, 0)})")
-    _legend(figure, axes)
+    _legend(figure, axes, columns)
     return figure
 
 
@@ -120,6 +126,54 @@ def calibration(predicted: Sequence[float], observed: Sequence[float], counts: S
     low = 0.5 if min(predicted) >= 0.5 else 0.0
     axes.set_xlim(low, 1.02)
     axes.set_ylim(min(low, *(p - e for p, e in zip(observed, errors))) - 0.02, 1.04)
+    _legend(figure, axes)
+    return figure
+
+
+def histogram(samples: Sequence[tuple[str, Sequence[float]]], xlabel: str, style: int) -> Figure:
+    """Distributions as outlines on the same bins, the last one filled."""
+    figure, axes = _panel(xlabel, "share of responses")
+    low, high = min(min(values) for _, values in samples), max(max(values) for _, values in samples)
+    width = (high - low) / 20 or 1.0
+    edges = [low + width * i for i in range(21)]
+    color = COLORS[style % len(COLORS)]
+    for place, (label, values) in enumerate(samples, 1):
+        last = place == len(samples)
+        weights = [1 / len(values)] * len(values)
+        axes.hist(
+            values,
+            bins=edges,
+            weights=weights,
+            histtype="stepfilled" if last else "step",
+            color=color if last else INK,
+            alpha=0.5 if last else 0.8,
+            label=label,
+        )
+    _legend(figure, axes)
+    return figure
+
+
+def by_position(rows: Mapping[int, Sequence[float | None]], style: int) -> Figure:
+    """KL of each position in the response, one line a training step, later ones stronger."""
+    figure, axes = _panel("token of the response", "KL to the start model, nats")
+    color = COLORS[style % len(COLORS)]
+    for order, (step, values) in enumerate(rows.items(), 1):
+        points = [(position, value) for position, value in enumerate(values, 1) if value is not None]
+        axes.plot(*zip(*points), color=color, alpha=0.15 + 0.85 * order / len(rows), label=f"step {step}")
+    axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS, integer=True))
+    _legend(figure, axes, columns=4)
+    return figure
+
+
+def by_length(lengths: Sequence[int], kl: Sequence[float], terminated: Sequence[bool], style: int) -> Figure:
+    """Each response's KL against its length, those that were cut off as crosses."""
+    figure, axes = _panel("tokens of the response", "KL to the start model, nats")
+    for ended, marker, label in ((True, "o", "ended with EOS"), (False, "x", "cut off")):
+        points = [(n, d) for n, d, done in zip(lengths, kl, terminated) if bool(done) == ended]
+        if points:
+            axes.plot(*zip(*points), marker, color=COLORS[style % len(COLORS)], markersize=4, alpha=0.6, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS, integer=True))
     _legend(figure, axes)
     return figure
 

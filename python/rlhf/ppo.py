@@ -15,7 +15,7 @@ import torch
 from .config import UserError
 from .data import Task, decode_tokens, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts
-from .experience import Models, make_experience, rollout_metrics
+from .experience import Models, make_experience, rollout_metrics, rollout_record
 from .kl_control import adapt_kl_coef, check_kl
 from .model import load_policy, load_reward_model, zero_head
 from .ppo_config import PpoConfig
@@ -26,7 +26,7 @@ from .schedule import schedule
 
 
 def main(config: PpoConfig) -> Path:
-    """Train and return the run folder: model/, value/, metrics.jsonl, samples.jsonl."""
+    """Train and return the run folder: model/, value/, metrics.jsonl, rollouts.jsonl, samples.jsonl."""
     run = Run.create(config.out, "ppo", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     task = load_task(config.data, config.seed)
@@ -60,8 +60,11 @@ def main(config: PpoConfig) -> Path:
                 "lr": optimizer.param_groups[0]["lr"],
                 "episode": step * config.batch_size,
             }
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+            evaluated = step == config.steps or (config.eval_every and step % config.eval_every == 0)
+            if evaluated:
                 metrics |= evaluator.metrics(models.policy, models.tokenizer, run)
+            if evaluated or step == 1:
+                run.rollout(rollout_record(experience, step))
             run.log(step, metrics)
             progress.update(1)
             progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])

@@ -2,6 +2,7 @@
 
 run.json          stage, config, versions, start, seconds, summary
 metrics.jsonl     one JSON object a logged step
+rollouts.jsonl    ppo: scores, lengths and KL by position of some steps' responses
 samples.jsonl     sampled responses with the credit of each token
 model/            save_pretrained folder; ppo also writes value/
 checkpoints/      step-000040/{model, value, state.pt}, the last few
@@ -141,6 +142,10 @@ class Run:
         """Append one line to samples.jsonl: step, prompt, tokens, credit, rewards, score, gold."""
         append_line(self.folder / "samples.jsonl", record)
 
+    def rollout(self, record: dict[str, Any]) -> None:
+        """Append one line to rollouts.jsonl: step, scores, lengths, terminated, kl, kl_by_position."""
+        append_line(self.folder / "rollouts.jsonl", record)
+
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Adds the block's seconds to `time/<name>` of the next logged line; waits for the GPU at the block's end."""
@@ -221,8 +226,8 @@ class Run:
         return max(map(_step, self._checkpoints()), default=None)
 
     def _drop_after(self, step: int | None) -> None:
-        """Forget the metrics and samples of steps that will be run again; without a step, all of them."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        """Forget the lines of steps that will be run again; without a step, all of them."""
+        for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
                 kept = [line for line in read_lines(path) if step is not None and line["step"] <= step]
