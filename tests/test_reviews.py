@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from rlhf import reviews
+from rlhf.config import UserError
 from rlhf.data import encode_prompt, encode_response, load_task
 from rlhf.model import train_tokenizer
 
@@ -58,15 +59,16 @@ def clause_values(prompt, response):
     return [reviews._clause_value(clause, seen) for clause in clauses]
 
 
-def test_the_grammar_writes_nothing_that_gold_calls_broken(monkeypatch):
+@pytest.mark.parametrize("clauses", [1, 2, 4, 7, 15])
+def test_the_grammar_writes_nothing_that_gold_calls_broken(monkeypatch, clauses):
     monkeypatch.setattr(reviews, "MALFORMED", 99.0)
     monkeypatch.setattr(reviews, "REPEATED", 99.0)
     rng = random.Random(1)
-    for _ in range(2000):
+    for _ in range(1000):
         prompt = reviews.write_prompt(rng)
-        response = reviews.write_response(rng, prompt)
+        response = reviews.write_response(rng, prompt, clauses=clauses)
         values = clause_values(prompt, response)
-        assert response.endswith(" .") and 1 < len(values) <= 4
+        assert response.endswith(" .") and clauses / 2 <= len(values) <= clauses
         assert max(values) <= 1, response
         marks = [word for word in response.split() if word in reviews.ADJECTIVES or word in reviews.ASPECTS]
         assert len(marks) == len(set(marks)) and prompt.split()[-1] not in marks
@@ -132,10 +134,17 @@ def test_the_task_is_seeded_and_its_held_out_prompts_are_new():
     assert 0.92 < statistics.mean(agree) < 0.98
 
 
-def test_every_response_fits_the_response_length():
-    task = load_task("reviews", 0)
+@pytest.mark.parametrize("name", ["reviews-7", "reviews-101"])
+def test_a_length_without_enough_words_is_refused(name):
+    with pytest.raises(UserError, match=rf"^{name}: a review must have 8 to 100 tokens, got {name[8:]}$"):
+        load_task(name, 0)
+
+
+@pytest.mark.parametrize("name, length", [("reviews", reviews.RESPONSE_LENGTH), ("reviews-16", 16), ("reviews-96", 96)])
+def test_every_response_fits_the_response_length(name, length):
+    task = load_task(name, 0)
     tokenizer = train_tokenizer(task.texts())
     lengths = [len(encode_response(tokenizer, each.response)) for each in task.demonstrations]
-    assert max(lengths) <= task.response_length == reviews.RESPONSE_LENGTH
+    assert length / 2 < max(lengths) <= task.response_length == length
     words = {word for each in task.demonstrations for word in each.response.split()}
     assert all(len(encode_prompt(tokenizer, " " + word)) == 1 for word in words)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,19 +71,19 @@ def load_task(data: str, seed: int) -> Task:
     """The task of a data source; splits are disjoint and a function of the seed.
 
     Args:
-        data: "reviews", the generated task; or a folder with `*.pos` and `*.neg` files of one sentence a line; or a
-            .jsonl or .json file, or a folder of them, with rows {"prompt", "response"}, {"prompt", "chosen",
-            "rejected"}, {"prompt", "responses", "scores"} or {"prompt"}.
+        data: "reviews", the generated task ("reviews-96": of up to 96 tokens a response); or a folder with `*.pos` and
+            `*.neg` files of one sentence a line; or a .jsonl or .json file, or a folder of them, with rows {"prompt",
+            "response"}, {"prompt", "chosen", "rejected"}, {"prompt", "responses", "scores"} or {"prompt"}.
         seed: of the generated texts and of every split.
 
     Raises:
         UserError: a row that fits none of the forms (file and line are named), or nothing to read.
         FileNotFoundError: a path that is not there.
     """
-    if data == "reviews":
-        from .reviews import reviews_task
+    if generated := re.fullmatch(r"reviews(?:-(\d+))?", data):
+        from .reviews import RESPONSE_LENGTH, reviews_task
 
-        return reviews_task(seed)
+        return reviews_task(seed, int(generated[1] or RESPONSE_LENGTH))
     path = Path(data)
     if not path.exists():
         raise FileNotFoundError(f'data must be "reviews" or a file or folder, got {data}: it does not exist')

@@ -13,18 +13,22 @@ Gold, the judge that training never sees, reads the clauses back:
     feeling    the verb's strength            fact    0
     repeated   −0.5: an aspect, a fact, an adjective or a feeling that came before
     malformed  −1: any other sequence of words; a review without its full stop counts one more
-    gold       tanh(sum of the clauses / 2), in (−1, 1)
+    gold       tanh(sum of the clauses / half of the most clauses that a review has), in (−1, 1)
 
 so a policy that pleases the reward model with broken or repeated text loses gold. The annotator of the rankings is a
 Bradley–Terry one: it rates a response with its gold plus Gumbel noise, so that it prefers a to b with probability
 σ((gold_a − gold_b) / NOISE). Everything is a function of the seed. Text is lower-case words and marks between single
 spaces; a response starts with a space, so prompt + response is the review.
+
+"reviews-96" is the same task with as many clauses as fit 96 tokens; "reviews" has up to four.
 """
 
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from .config import UserError
 from .data import Demonstration, Ranking, Task, split
 
 DEMONSTRATIONS = 4000
@@ -36,6 +40,10 @@ NOISE = 0.06
 """Temperature of the annotator, in units of gold."""
 RESPONSE_LENGTH = 28
 """Tokens; four clauses of the longest kind and the EOS need 27."""
+CLAUSE_LENGTH = 6.5
+"""Tokens of a clause of the longest kind and its joint."""
+CLAUSES = 4
+"""The most that a review of RESPONSE_LENGTH has; half of them the fewest."""
 
 
 def _items(text: str, separator: str = " ") -> list[str]:
@@ -119,10 +127,14 @@ def write_prompt(rng: random.Random) -> str:
     return f"{rng.choice(STARTS)} the {rng.choice(ASPECTS)}"
 
 
-def write_response(rng: random.Random, prompt: str, mood: float | None = None) -> str:
-    """The rest of a review. mood in [−1, 1]: an opinion is positive with probability (1 + mood) / 2; None draws it."""
+def write_response(rng: random.Random, prompt: str, mood: float | None = None, clauses: int = CLAUSES) -> str:
+    """The rest of a review. mood in [−1, 1]: an opinion is positive with probability (1 + mood) / 2; None draws it.
+
+    clauses: the most there may be; at least half of them are written.
+    """
     mood = rng.uniform(-1, 1) if mood is None else mood
-    count = rng.choice((2, 3, 3, 4))
+    fewest = (clauses + 1) // 2
+    count = rng.choice(sorted([*range(fewest, clauses + 1), (fewest + clauses) // 2]))
     aspects = [each for each in rng.sample(ASPECTS, count) if not prompt.endswith(each)]
     adjectives, feelings, facts = (rng.sample(list(words), len(words)) for words in (ADJECTIVES, FEELINGS, FACTS))
     words: list[str] = []
@@ -135,6 +147,8 @@ def write_response(rng: random.Random, prompt: str, mood: float | None = None) -
             positive, clause = last_positive, facts.pop().split()
         else:
             positive = rng.random() < (1 + mood) / 2
+            if kind == "feeling" and not any((FEELINGS[word] > 0) == positive for word in feelings):
+                kind = "opinion"
             subject = ["the", aspects.pop()] if number else []
             if kind == "opinion":
                 clause = [*subject, rng.choice(LINKS), *_judgement(rng, adjectives, positive)]
@@ -185,8 +199,8 @@ def corrupt(rng: random.Random, response: str) -> str:
 # Gold
 
 
-def gold_score(prompt: str, response: str) -> float:
-    """The true sentiment of a review, in (−1, 1); the rule is at the top of this file."""
+def gold_score(prompt: str, response: str, most: int = CLAUSES) -> float:
+    """The true sentiment of a review of at most so many clauses, in (−1, 1); the rule is at the top of this file."""
     words = response.split()
     aspect = prompt.split()[-1:]
     finished = words[-1:] == ["."]
@@ -195,11 +209,17 @@ def gold_score(prompt: str, response: str) -> float:
     total = 0.0 if finished else MALFORMED
     for number, clause in enumerate(clauses):
         total += _clause_value(["the", *aspect, *clause] if number == 0 else clause, seen)
-    return math.tanh(total / 2)
+    return math.tanh(total / (most / 2))
 
 
-def gold_scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    return [gold_score(prompt, response) for prompt, response in zip(prompts, responses)]
+@dataclass(frozen=True)
+class ReviewsGold:
+    """gold_score of many, for reviews of at most so many clauses."""
+
+    most: int = CLAUSES
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+        return [gold_score(prompt, response, self.most) for prompt, response in zip(prompts, responses)]
 
 
 def _clauses(words: Sequence[str]) -> list[list[str]]:
@@ -239,22 +259,29 @@ def _is_aspect(words: list[str]) -> bool:
 # The task
 
 
-def annotate(rng: random.Random, prompt: str, responses: Sequence[str]) -> tuple[float, ...]:
+def annotate(rng: random.Random, prompt: str, responses: Sequence[str], most: int = CLAUSES) -> tuple[float, ...]:
     """The annotator's rating of each response: gold plus Gumbel noise of mean 0; its order is the preference."""
     mean = 0.5772156649015329  # of the standard Gumbel distribution
     noise = [-math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12))) - mean for _ in responses]
-    return tuple(gold_score(prompt, response) + NOISE * each for response, each in zip(responses, noise))
+    return tuple(gold_score(prompt, response, most) + NOISE * each for response, each in zip(responses, noise))
 
 
-def _ranking(rng: random.Random, prompt: str) -> Ranking:
-    responses = [write_response(rng, prompt) for _ in range(RESPONSES)]
+def _ranking(rng: random.Random, prompt: str, most: int) -> Ranking:
+    responses = [write_response(rng, prompt, clauses=most) for _ in range(RESPONSES)]
     if rng.random() < 0.5:
         responses[-1] = corrupt(rng, responses[-1])
-    return Ranking(prompt, tuple(responses), annotate(rng, prompt, responses))
+    return Ranking(prompt, tuple(responses), annotate(rng, prompt, responses, most))
 
 
-def reviews_task(seed: int) -> Task:
-    """The generated task. Held-out rankings and evaluation prompts start in ways that training never shows."""
+def reviews_task(seed: int, length: int = RESPONSE_LENGTH) -> Task:
+    """The generated task. Held-out rankings and evaluation prompts start in ways that training never shows.
+
+    length: tokens of a response; the reviews have as many clauses as fit it. Raises UserError outside of 8 to 100,
+    where there are no clauses, or more than words for them.
+    """
+    if not 8 <= length <= 100:
+        raise UserError(f"reviews-{length}: a review must have 8 to 100 tokens, got {length}")
+    most = int((length - 1) / CLAUSE_LENGTH)
     rng = random.Random(seed)
     every = [f"{start} the {aspect}" for start in STARTS for aspect in ASPECTS]
     rng.shuffle(every)
@@ -262,11 +289,11 @@ def reviews_task(seed: int) -> Task:
     shown = [rng.choice(train) for _ in range(DEMONSTRATIONS)]
     return Task(
         name="reviews",
-        demonstrations=[Demonstration(prompt, write_response(rng, prompt)) for prompt in shown],
-        rankings=[_ranking(rng, rng.choice(train)) for _ in range(RANKINGS)],
-        heldout_rankings=[_ranking(rng, rng.choice(heldout)) for _ in range(HELDOUT_RANKINGS)],
+        demonstrations=[Demonstration(prompt, write_response(rng, prompt, clauses=most)) for prompt in shown],
+        rankings=[_ranking(rng, rng.choice(train), most) for _ in range(RANKINGS)],
+        heldout_rankings=[_ranking(rng, rng.choice(heldout), most) for _ in range(HELDOUT_RANKINGS)],
         prompts=train,
         eval_prompts=heldout,
-        gold=gold_scores,
-        response_length=RESPONSE_LENGTH,
+        gold=ReviewsGold(most),
+        response_length=length,
     )
