@@ -6,13 +6,13 @@ import json
 import pytest
 
 from rlhf import best_of_n
-from rlhf.best_of_n import best, estimate, expected_best, kl_bound
+from rlhf.best_of_n import estimate, expected_best, kl_bound
+from rlhf.candidates import Candidates
 from rlhf.config import UserError
-from rlhf.rrhf import Candidates
 
 
 def candidates(scores):
-    return Candidates("p", [1], [[2]] * len(scores), ["x"] * len(scores), tuple(scores))
+    return Candidates("p", [1], [[2]] * len(scores), ["x"] * len(scores), tuple(scores), ("sample",) * len(scores))
 
 
 def test_known_values():
@@ -34,13 +34,21 @@ def test_expected_best_is_the_mean_over_all_subsets(proxy):
         assert expected_best(proxy, value, n) == pytest.approx(sum(answers) / len(answers))
 
 
+def test_expected_best_of_very_many_samples():
+    """Scores 1 … N: the best of n is (N + 1) n / (n + 1) in the mean; C(N, n) has 60 000 digits here."""
+    count = 200_000
+    scores = [float(i) for i in range(1, count + 1)]
+    for n in (1, 7, 100_000, count):
+        assert expected_best(scores, scores, n) == pytest.approx((count + 1) * n / (n + 1), rel=1e-9)
+
+
 def test_expected_best_needs_n_samples():
     with pytest.raises(ValueError, match="n must lie between 1 and the 2 samples, got 3"):
         expected_best([1.0, 2.0], [1.0, 2.0], 3)
 
 
 def test_best_takes_the_first_of_equals():
-    assert best(candidates([0.1, 0.7, 0.7])) == 1
+    assert candidates([0.1, 0.7, 0.7]).best == 1
 
 
 def test_estimate_rises_with_n():

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .candidates import Candidates, draw_candidates, own_source
 from .config import CommonConfig, UserError, option
 from .data import Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
 from .model import load_policy, load_reward_model
-from .rrhf import Candidates, sample_candidates
 from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
 from .schedule import schedule, set_learning_rate
 from .sft import train_step
@@ -60,7 +60,8 @@ class BestOfNConfig(CommonConfig):
 def expected_best(proxy: Sequence[float], value: Sequence[float], n: int) -> float:
     """Unbiased estimate, from N ≥ n samples, of the mean value of the sample that has the highest proxy of n.
 
-        E_n = Σ_i C(i − 1, n − 1) / C(N, n) · value of the i-th sample by ascending proxy
+        E_n = Σ_i w_i · value of the i-th sample by ascending proxy,   w_i = C(i − 1, n − 1) / C(N, n)
+        w_N = n / N,   w_i = w_{i+1} · (i + 1 − n) / i                which needs no binomial, however large N is
 
     Source: the estimator of Nakano et al. 2021 (arXiv 2112.09332), appendix I.
     """
@@ -68,8 +69,11 @@ def expected_best(proxy: Sequence[float], value: Sequence[float], n: int) -> flo
         raise ValueError(f"expected_best: n must lie between 1 and the {len(proxy)} samples, got {n}")
     # A tie goes to the first sample, as best-of-n takes it: among equals the first stands highest.
     order = sorted(range(len(proxy)), key=lambda i: (proxy[i], -i))
-    total = math.comb(len(proxy), n)
-    return sum(math.comb(rank, n - 1) / total * value[i] for rank, i in enumerate(order) if rank >= n - 1)
+    total, weight = 0.0, n / len(proxy)
+    for place in range(len(proxy), n - 1, -1):
+        total += weight * value[order[place - 1]]
+        weight *= (place - n) / max(place - 1, 1)
+    return total
 
 
 def kl_bound(n: int) -> float:
@@ -93,11 +97,6 @@ def estimate(groups: list[Candidates], gold: list[list[float]] | None, largest: 
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def best(group: Candidates) -> int:
-    """Index of the highest score, the first of equals."""
-    return max(range(len(group.scores)), key=lambda i: (group.scores[i], -i))
-
-
 def main(config: BestOfNConfig) -> Path:
     """Sample, keep the best, train on them; returns the run folder, with the kept responses in selected.jsonl."""
     run = Run.create(config.out, "best-of-n", config, resume=config.resume, overwrite=config.overwrite)
@@ -115,7 +114,7 @@ def main(config: BestOfNConfig) -> Path:
     with run.timer("generate"):
         groups = sample(config, task, sampler, tokenizer, reward_model, training_prompts(config, task))
     selected = [
-        {"prompt": group.prompt, "response": group.texts[best(group)], "score": max(group.scores)} for group in groups
+        {"prompt": group.prompt, "response": group.texts[group.best], "score": max(group.scores)} for group in groups
     ]
     write_atomically(run.folder / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in selected))
     with run.timer("evaluate"):
@@ -138,7 +137,7 @@ def main(config: BestOfNConfig) -> Path:
             chosen = [groups[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
             batch = collate(
                 [group.prompt_tokens for group in chosen],
-                [group.responses[best(group)] for group in chosen],
+                [group.responses[group.best] for group in chosen],
                 tokenizer.pad_token_id,
             )
             learning_rate = config.learning_rate * schedule(done, total, warmup=0.0, kind="linear")
@@ -176,16 +175,16 @@ def sample(
     prompts: list[str],
     count: int | None = None,
 ) -> list[Candidates]:
-    return sample_candidates(
+    source = own_source(
         sampler,
         tokenizer,
-        reward_model,
-        prompts,
+        "sample",
         count=count or config.n,
         response_length=config.response_length or task.response_length,
         temperature=config.temperature,
         micro_batch=config.micro_batch,
     )
+    return draw_candidates([source], tokenizer, reward_model, prompts, micro_batch=config.micro_batch)
 
 
 def estimate_on_heldout(
