@@ -20,6 +20,8 @@ SMALL = {
     "rm": "--max-steps 3 --batch-size 4",
     "ppo": "--steps 1 --batch-size 4 --eval-samples 4 --response-length 6",
     "rrhf": "--rounds 1 --num-prompts 4 --eval-samples 4 --response-length 6",
+    "dpo": "--max-steps 1 --batch-size 4 --pairs sampled --num-prompts 4 --eval-samples 4 --response-length 6",
+    "rft": "--rounds 1 --num-prompts 4 --eval-samples 4 --response-length 6",
     "best-of-n": "--num-prompts 4 --eval-samples 8 --epochs 1 --response-length 6",
     "evaluate": "--samples 4 --response-length 6",
     "report": "",

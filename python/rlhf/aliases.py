@@ -104,7 +104,7 @@ ALIASES = (
     Alias("lr_scheduler_type", "lr_scheduler", HF, values=SCHEDULERS),
     Alias("warmup_ratio", "warmup", HF),
     Alias("lr_warmup_ratio", "warmup", OPENRLHF),
-    Alias("num_train_epochs", "epochs", HF, stages=("sft", "rm", "rrhf", "best-of-n")),
+    Alias("num_train_epochs", "epochs", HF, stages=("sft", "rm", "rrhf", "best-of-n", "dpo")),
     Alias("per_device_train_batch_size", "batch_size", HF, stages=("sft", "rm")),
     Alias("max_norm", "max_grad_norm", OPENRLHF),
     Alias("actor.max_norm", "max_grad_norm", OPENRLHF),
@@ -198,10 +198,14 @@ ALIASES = (
         TRL,
         note="--missing-eos-penalty is what is subtracted, a positive number",
     ),
-    # Reward model, RRHF
+    # Reward model, RRHF, DPO
     Alias("center_rewards_coefficient", "center_coef", TRL),
     Alias("rrhf_weight", "rank_coef", "RRHF"),
     Alias("length_penalty", "length_power", "RRHF"),
+    Alias("only_use_provide", "sources", "RRHF", values={"true": "provided", "false": "all"}),
+    Alias("only_use_sample", "sources", "RRHF", values={"true": "sampled", "false": "all"}),
+    Alias("loss_type", "loss", TRL, values={"sigmoid": "sigmoid", "ipo": "ipo"}, stages=("dpo",)),
+    Alias("ref_model_name_or_path", "ref", TRL, stages=("dpo",)),
 )
 
 TRLX_METHOD = "method."

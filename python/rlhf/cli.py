@@ -27,6 +27,8 @@ STAGES = {
     "ppo": Stage("rlhf.ppo", "PpoConfig", "train the policy on the reward model, with dense rewards if asked"),
     "rrhf": Stage("rlhf.rrhf", "RrhfConfig", "train the policy to rank candidates as the reward model does"),
     "best-of-n": Stage("rlhf.best_of_n", "BestOfNConfig", "sample n, keep the best, fine-tune on it"),
+    "rft": Stage("rlhf.rft", "RftConfig", "sample, keep what scores high, fine-tune on it, and again"),
+    "dpo": Stage("rlhf.dpo", "DpoConfig", "train the policy on pairs of responses, without a reward model"),
     "evaluate": Stage("rlhf.evaluate", "EvaluateConfig", "proxy and gold reward, KL, length, diversity of a policy"),
     "report": Stage("rlhf.report", "ReportConfig", "one HTML page from any number of run folders"),
     "demo": Stage("rlhf.demo", "DemoConfig", "the whole pipeline on a generated task: no network, no data file"),

@@ -84,31 +84,41 @@ def batch_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def train_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, config: StepConfig
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: StepConfig,
+    weights: Tensor | None = None,
 ) -> dict[str, float]:
-    """One optimiser step on −mean log π(response token): the mean over all response tokens of the batch.
+    """One optimiser step on −mean log π(response token): the mean over all response tokens of the batch, each weighing
+    as its row does in `weights` [B], 1 unless given.
 
     Raises RuntimeError, before the weights change, if the gradient is not finite.
     """
     tokens = batch.mask.sum()
+    weights = torch.ones(len(batch), device=tokens.device) if weights is None else weights
+    weight = (batch.mask.sum(1) * weights).sum()
     optimizer.zero_grad(set_to_none=True)
     totals = []
-    for part in batch.split(config.micro_batch):
-        loss, right = loss_and_right(model, part)
-        (loss / tokens).backward()
-        totals.append(torch.stack([loss.detach(), right]))
+    size = config.micro_batch or max(1, len(batch))
+    for part, part_weights in zip(batch.split(size), weights.split(size)):
+        loss, right = loss_and_right(model, part, part_weights)
+        (loss / weight).backward()
+        totals.append(torch.stack([loss.detach() / weight, right / tokens]))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
-    loss, right = (torch.stack(totals).sum(0) / tokens).tolist()
+    loss, right = torch.stack(totals).sum(0).tolist()
     return {"loss": loss, "mean_token_accuracy": right, "grad_norm": grad_norm.item(), "num_tokens": tokens.item()}
 
 
-def loss_and_right(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """−Σ log π and the number of tokens that the model holds for the likeliest; both 0-d fp32."""
+def loss_and_right(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """−Σ log π, rows weighted by `weights` [B] if given, and the number of tokens that the model holds for the
+    likeliest; both 0-d fp32."""
     logits = response_logits(model, batch)
     logprobs = rk.token_logprobs(logits, batch.responses, batch.mask)
     right = (logits.detach().argmax(-1) == batch.responses) & batch.mask
-    return -logprobs.sum(), right.sum().to(logprobs.dtype)
+    rows = logprobs.sum(1)
+    return -(rows if weights is None else rows * weights).sum(), right.sum().to(logprobs.dtype)
 
 
 @torch.no_grad()

@@ -1,0 +1,232 @@
+"""Rejection-sampling fine-tuning: sample, keep what the reward model scores high, train on it, and again.
+
+A round samples from the policy as it is (a growth step) and trains on what is kept (improvement steps). One round with
+the best of each prompt is best-of-n distillation, several rounds are expert iteration; `select weighted` keeps
+everything and weighs it by its score (reward-weighted regression).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .candidates import Candidates, draw_candidates, mean_score, own_source
+from .config import CommonConfig, UserError, option
+from .data import Batch, collate, epoch_order, load_task
+from .evaluate import Evaluator, Judges
+from .model import load_policy, load_reward_model
+from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .schedule import schedule, set_learning_rate
+from .sft import train_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUANTILE_EDGE = 1e-3
+"""How far thresholds stay inside the lowest and the highest of a round, so that equal scores are neither all kept nor
+all lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RftConfig(CommonConfig):
+    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
+    rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
+    ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
+    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    rounds: int = option(3, "times that responses are sampled anew from the policy", low=1)
+    num_prompts: int = option(256, "prompts sampled for in each round; they repeat if there are fewer", low=1)
+    num_candidates: int = option(8, "responses sampled for each prompt", low=2)
+    accumulate: bool = option(True, "keep the samples of earlier rounds, of which later thresholds choose too")
+    select: str = option(
+        "top_k",
+        "what is trained on: the top_k of each prompt; those above a quantile of their prompt; or all, weighted",
+        choices=("top_k", "quantile", "weighted"),
+    )
+    top_k: int = option(1, "select top_k: responses kept of each prompt", low=1)
+    quantile_start: float = option(0.7, "select quantile: the first threshold after sampling", low=0, high=1)
+    quantile_end: float = option(0.95, "select quantile: what the thresholds of a round rise towards", low=0, high=1)
+    tau: float = option(1.0, "select weighted: a response weighs softmax(score / tau) within its prompt", above=0)
+    improve_steps: int = option(2, "passes over what is kept between two samplings; each has its own threshold", low=1)
+    loss_on: str = option("response", "tokens that are trained on; all includes the prompt", ("response", "all"))
+    batch_size: int = option(64, "responses in an optimiser step", low=1)
+    micro_batch: int | None = option(None, "rows through a model at a time; all unless given", low=1)
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
+    temperature: float = option(1.0, "sampling temperature; the loss is the policy's own, at temperature 1", above=0)
+    learning_rate: float = option(
+        1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5", above=0
+    )
+    max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped", above=0)
+    eval_every: int = option(
+        6, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
+    )
+    eval_samples: int = option(128, "responses in an evaluation", low=1)
+    save_total_limit: int = option(2, "checkpoints to keep; there is one after each round", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantile_start > self.quantile_end:
+            raise UserError(
+                f"quantile_end must be at least quantile_start {self.quantile_start}, got {self.quantile_end}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------- selection
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A response to train on, as tokens, and how much it weighs."""
+
+    prompt: list[int]
+    response: list[int]
+    score: float
+    weight: float
+
+
+def merge(pool: Sequence[Candidates], groups: Sequence[Candidates]) -> list[Candidates]:
+    """One group a prompt with every different response once, in the order of their coming."""
+    by_prompt: dict[str, dict[tuple[int, ...], tuple[Candidates, int]]] = {}
+    for group in [*pool, *groups]:
+        found = by_prompt.setdefault(group.prompt, {})
+        for place, response in enumerate(group.responses):
+            found.setdefault(tuple(response), (group, place))
+    return [
+        Candidates(
+            prompt,
+            next(iter(found.values()))[0].prompt_tokens,
+            [group.responses[i] for group, i in found.values()],
+            [group.texts[i] for group, i in found.values()],
+            tuple(group.scores[i] for group, i in found.values()),
+            tuple(group.sources[i] for group, i in found.values()),
+        )
+        for prompt, found in by_prompt.items()
+    ]
+
+
+def quantile_at(step: int, config: RftConfig) -> float:
+    """The quantile of a round's improvement step, from 0: steps of (end − start) / improve_steps above the start."""
+    return config.quantile_start + (config.quantile_end - config.quantile_start) / config.improve_steps * step
+
+
+def thresholds(groups: Sequence[Candidates], quantile: float) -> list[float]:
+    """The quantile of each prompt's scores, kept QUANTILE_EDGE inside the range of all prompts' (as trlx does)."""
+    each = [torch.tensor(group.scores, dtype=torch.float64).quantile(quantile).item() for group in groups]
+    low, high = min(each) + QUANTILE_EDGE, max(each) - QUANTILE_EDGE
+    return [min(max(value, low), high) for value in each]
+
+
+def select(groups: Sequence[Candidates], config: RftConfig, step: int) -> list[Kept]:
+    """What an improvement step trains on. A prompt of which nothing passes its threshold gives nothing."""
+    limits = thresholds(groups, quantile_at(step, config)) if config.select == "quantile" else [-math.inf] * len(groups)
+    kept = []
+    for group, limit in zip(groups, limits):
+        order = sorted(range(len(group.scores)), key=lambda i: (-group.scores[i], i))
+        weights = [1.0] * len(order)
+        if config.select == "top_k":
+            order = order[: config.top_k]
+        elif config.select == "weighted":
+            weights = (torch.tensor(group.scores) / config.tau).softmax(0).tolist()
+        kept += [
+            Kept(group.prompt_tokens, group.responses[i], group.scores[i], weights[i])
+            for i in order
+            if group.scores[i] >= limit
+        ]
+    return kept
+
+
+def batch_of(kept: Sequence[Kept], tokenizer: PreTrainedTokenizerBase, loss_on: str) -> Batch:
+    """loss_on all: the prompt's tokens after its first stand among those that are trained on."""
+    border = 1 if loss_on == "all" else None
+    prompts = [each.prompt[:border] for each in kept]
+    responses = [[*(each.prompt[1:] if border else []), *each.response] for each in kept]
+    return collate(prompts, responses, tokenizer.pad_token_id)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main(config: RftConfig) -> Path:
+    """Train and return the run folder."""
+    run = Run.create(config.out, "rft", config, resume=config.resume, overwrite=config.overwrite)
+    seed_everything(config.seed)
+    device = resolve_device(config.device)
+    task = load_task(config.data, config.seed)
+    if not task.prompts:
+        raise UserError(f"{config.data}: the data has no prompts to sample from")
+    checkpoint = run.load_checkpoint() if config.resume else None
+    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    policy, tokenizer = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
+    ref, _ = load_policy(config.ref or config.init, **where)
+    reward_model, _ = load_reward_model(config.rm, **where)
+    evaluator = Evaluator.of(config, task, Judges(ref, reward_model, task.gold))
+    source = own_source(
+        policy,
+        tokenizer,
+        "sample",
+        count=config.num_candidates,
+        response_length=config.response_length or task.response_length,
+        temperature=config.temperature,
+        micro_batch=config.micro_batch,
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    done, first, pool = 0, 0, list[Candidates]()
+    if checkpoint:
+        done, _, state = checkpoint
+        optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+        first, pool = state["round"], [Candidates(**each) for each in state["pool"]]
+    else:
+        run.log(0, evaluator.metrics(policy, tokenizer, run))
+
+    passes = config.rounds * config.improve_steps
+    with run.progress(passes, "rft", initial=first * config.improve_steps) as progress:
+        for number in range(first, config.rounds):
+            order = epoch_order(len(task.prompts), config.seed, number)
+            prompts = [task.prompts[order[i % len(order)]] for i in range(config.num_prompts)]
+            with run.timer("generate"):
+                groups = draw_candidates([source], tokenizer, reward_model, prompts, micro_batch=config.micro_batch)
+            pool = merge(pool if config.accumulate else [], groups)
+            for improvement in range(config.improve_steps):
+                kept = select(pool, config, improvement)
+                if not kept:
+                    raise UserError("select quantile: no response passes its threshold; are all scores equal?")
+                pass_number = number * config.improve_steps + improvement
+                order = epoch_order(len(kept), config.seed, pass_number)
+                steps = math.ceil(len(kept) / config.batch_size)
+                for position in range(steps):
+                    chosen = [kept[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
+                    factor = schedule(pass_number * steps + position, passes * steps, warmup=0.0, kind="linear")
+                    set_learning_rate(optimizer, config.learning_rate * factor)
+                    weights = torch.tensor([each.weight for each in chosen], device=device)
+                    batch = batch_of(chosen, tokenizer, config.loss_on).to(device)
+                    with run.timer("train"):
+                        metrics = train_step(policy, optimizer, batch, config, weights)
+                    done += 1
+                    metrics |= {
+                        "lr": config.learning_rate * factor,
+                        "objective/scores": mean_score(groups),
+                        "selected/scores": sum(each.score for each in chosen) / len(chosen),
+                        "selected/responses": len(kept),
+                        "selected/share": len(kept) / sum(len(group.responses) for group in pool),
+                    }
+                    last = pass_number + 1 == passes and position + 1 == steps
+                    if last or (config.eval_every and done % config.eval_every == 0):
+                        metrics |= evaluator.metrics(policy, tokenizer, run)
+                    run.log(done, metrics)
+                progress.update(1)
+                progress.set_postfix(loss=metrics["loss"], score=metrics["objective/scores"])
+            if number + 1 < config.rounds:
+                state = {
+                    "optimizer": optimizer.state_dict(),
+                    "rng": rng_state(),
+                    "round": number + 1,
+                    "pool": [vars(group) for group in pool] if config.accumulate else [],
+                }
+                run.save_checkpoint(done, {"model": (policy, tokenizer)}, state)
+    run.save_model(policy, tokenizer)
+    return run.finish({"steps": done})
