@@ -68,7 +68,7 @@ def fused_ppo_loss(
 
     Args:
         logits: [B, T, V] float, differentiable, already shifted: logits[:, t] predicts tokens[:, t].
-        tokens: [B, T] int64. scores: [B]. old_logprobs, ref_logprobs, old_values: [B, T], constants.
+        tokens: [B, T] int64. scores: [B] or [B, T]. old_logprobs, ref_logprobs, old_values: [B, T], constants.
         attention: [B, T] or None. values: [B, T], differentiable. mask: [B, T] bool.
         The scalars are those of the three ops.
 

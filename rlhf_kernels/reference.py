@@ -390,6 +390,8 @@ def token_rewards(
     kl_estimator: str,
 ) -> tuple[Tensor, Tensor]:
     kl = torch.where(mask, kl_estimate(log_difference(logprobs, ref_logprobs, mask), kl_estimator), 0)
+    if scores.ndim == 2:
+        return torch.where(mask, upcast(scores, logprobs), 0) - kl_coef * kl, kl
     last = torch.arange(mask.shape[-1], device=mask.device) == _last_true(mask)[:, None]
     score = upcast(scores, logprobs)[:, None]
     credit = torch.where(last, score, 0)

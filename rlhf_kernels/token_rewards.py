@@ -48,7 +48,9 @@ def token_rewards(
         r_t = β·α_t·R + (1 − β)·R·1[t = last] − kl_coef · kl_t,      Σ_t (r_t + kl_coef · kl_t) = R
 
     Args:
-        scores: [B] R, one per response.
+        scores: [B] R, one per response; or [B, T], what each token earns by itself, of any sign: signed credit,
+            penalties, a score for each token. Those count as they stand, r_t = scores_t − kl_coef · kl_t: there is
+            nothing to spread, attention must be None and β has no effect.
         logprobs: [B, T] of the policy that sampled (a detached snapshot). ref_logprobs: [B, T].
         attention: [B, T] non-negative weights, or None: the whole score on the last True of the mask.
         mask: [B, T] bool, True where a sampled response token counts.
@@ -84,7 +86,12 @@ def check_rewards(
     mask = checks.as_mask(op, "mask", mask)
     checks.same_shape(op, {"logprobs": logprobs}, ref_logprobs=ref_logprobs, attention=attention, mask=mask)
     checks.is_tensor(op, scores=scores)
-    checks.shape(op, "scores", scores, logprobs.shape[:1], checks.to_match("logprobs", logprobs))
+    if scores.ndim == 2:
+        checks.same_shape(op, {"logprobs": logprobs}, scores=scores)
+        if attention is not None:
+            checks.fail(op, "attention", "be None where scores has one for each token", tuple(attention.shape))
+    else:
+        checks.shape(op, "scores", scores, logprobs.shape[:1], checks.to_match("logprobs", logprobs))
     checks.same_device(op, {"logprobs": logprobs}, scores=scores)
     checks.floating(op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, attention=attention)
     checks.fraction(op, beta=beta)

@@ -235,6 +235,9 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, attention=None, *, kl_co
         if len(places) == 0:
             continue
         kl[b, places] = KL[kl_estimator](logprobs[b, places] - ref_logprobs[b, places])
+        if scores.ndim == 2:
+            rewards[b, places] = scores[b, places]
+            continue
         share = 1.0
         if attention is not None:
             share = 1 - beta

@@ -186,8 +186,16 @@ WRONG_SHAPE = (
         "align_credit: policy_spans must have shape (2, 3, 2) to match credit (2, 3), got (1, 3, 2)",
     ),
     (
-        lambda: token_rewards(("scores", ROWS)),
-        "token_rewards: scores must have shape (2,) to match logprobs (2, 3), got (2, 3)",
+        lambda: token_rewards(("scores", ROWS[0])),
+        "token_rewards: scores must have shape (2,) to match logprobs (2, 3), got (3,)",
+    ),
+    (
+        lambda: token_rewards(("scores", SHORT)),
+        "token_rewards: scores must have shape (2, 3) to match logprobs (2, 3), got (2, 2)",
+    ),
+    (
+        lambda: token_rewards(("scores", ROWS), ("attention", ROWS)),
+        "token_rewards: attention must be None where scores has one for each token, got (2, 3)",
     ),
     (
         lambda: token_rewards(("attention", SHORT)),

@@ -12,7 +12,7 @@ WRT = ("logits", "values")
 SCALARS = {"kl_coef": 0.1, "beta": 0.7, "gamma": 0.99, "lam": 0.9, "entropy_coef": 0.05}
 
 
-def inputs(rows, columns, vocabulary, mask="random", attention=True):
+def inputs(rows, columns, vocabulary, mask="random", attention=True, per_token=False):
     shape = (rows, columns)
     logits, noise = torch.randn(2, *shape, vocabulary, dtype=torch.float64)
     tokens = torch.randint(vocabulary, shape)
@@ -21,7 +21,7 @@ def inputs(rows, columns, vocabulary, mask="random", attention=True):
     given = {
         "logits": logits,
         "tokens": tokens,
-        "scores": torch.randn(rows, dtype=torch.float64),
+        "scores": torch.randn((rows, columns) if per_token else rows, dtype=torch.float64),
         "old_logprobs": old_logprobs,
         "ref_logprobs": old_logprobs + 0.3 * ref_noise,
         "values": old_values + 0.3 * change,
@@ -109,6 +109,12 @@ def test_matches_formula(backend_name, shape, dtype):
         for attention in (True, False):
             given = inputs(*shape, mask, attention)
             compare(op, formula, given, wrt=WRT, dtype=dtype, **SCALARS)
+
+
+@pytest.mark.parametrize("shape", ((3, 0, 7), (5, 9, 7)), ids=str)
+def test_scores_of_single_tokens(backend_name, shape):
+    given = inputs(*shape, attention=False, per_token=True)
+    compare(op, formula, given, wrt=WRT, **SCALARS)
 
 
 @pytest.mark.parametrize(

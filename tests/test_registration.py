@@ -94,6 +94,7 @@ def cases(rows=4, columns=5, vocabulary=7):
         "token_rewards": [
             Case("token_rewards", rewards, (), {**kl, "kl_estimator": "k3"}),
             Case("token_rewards", none(rewards, "attention"), (), kl),
+            Case("token_rewards", none(test_token_rewards.inputs(*shape, "random", False, True), "attention"), (), kl),
         ],
         "gae": [Case("gae", test_gae.inputs(*shape), (), {"gamma": 0.9, "lam": 0.8})],
         "rollout_advantages": [

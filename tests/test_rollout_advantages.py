@@ -15,8 +15,8 @@ OPS = ("rollout_advantages",)
 SCALARS = {"kl_coef": 0.1, "beta": 0.7, "gamma": 0.99, "lam": 0.9}
 
 
-def inputs(rows, columns, mask="random", attention=True):
-    given = reward_inputs(rows, columns, mask, attention)
+def inputs(rows, columns, mask="random", attention=True, per_token=False):
+    given = reward_inputs(rows, columns, mask, attention, per_token)
     return {**given, "values": torch.randn(rows, columns, dtype=torch.float64)}
 
 
@@ -56,6 +56,13 @@ def test_matches_formula(backend_name, shape, dtype, whiten):
             # A single place has no deviation to divide by: rounding there is checked below.
             if not whiten or given["mask"].sum() != 1:
                 compare(op, oracle.rollout_advantages, given, dtype=dtype, whiten=whiten, **SCALARS)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ((3, 0), (5, 9)), ids=str)
+def test_scores_of_single_tokens(backend_name, shape, dtype):
+    given = inputs(*shape, attention=False, per_token=True)
+    compare(op, oracle.rollout_advantages, given, dtype=dtype, **SCALARS)
 
 
 @pytest.mark.parametrize("kind", oracle.KL)

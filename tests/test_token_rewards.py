@@ -15,10 +15,10 @@ OPS = ("token_rewards",)
 ROW = [0.30, 0.10, 0.05, 0.05, 0.10, 0.15, 0.25]
 
 
-def inputs(rows, columns, mask="random", attention=True):
+def inputs(rows, columns, mask="random", attention=True, per_token=False):
     logprobs, ref_logprobs = -3 * torch.rand(2, rows, columns, dtype=torch.float64)
     given = {
-        "scores": torch.randn(rows, dtype=torch.float64),
+        "scores": torch.randn((rows, columns) if per_token else rows, dtype=torch.float64),
         "logprobs": logprobs,
         "ref_logprobs": ref_logprobs,
         "attention": torch.rand(rows, columns, dtype=torch.float64) if attention else None,
@@ -89,10 +89,31 @@ def test_matches_formula(backend_name, shape, dtype):
             compare(op, oracle.token_rewards, given, dtype=dtype, kl_coef=0.1, beta=0.8)
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_scores_of_single_tokens(backend_name, dtype):
+    """Signed credit is paid as it stands, also where its sum is nothing; what is masked is not read."""
+    scores = torch.tensor([[0.5, -2.0, 1.5, math.nan], [0.0, 3.0, math.nan, -1.0]], dtype=dtype)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1]])
+    logprobs = torch.full((2, 4), -1.0, dtype=dtype)
+    rewards, kl = rk.token_rewards(scores, logprobs, logprobs - 1, None, mask, kl_coef=0.25, beta=0.8)
+    close(kl, mask.to(dtype))
+    close(rewards, [[0.25, -2.25, 1.25, 0], [-0.25, 2.75, 0, -1.25]])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", oracle.ROW_SHAPES, ids=str)
+def test_scores_of_single_tokens_match_the_formula(backend_name, shape, dtype):
+    for mask in ("random", "none", "all"):
+        given = inputs(*shape, mask, attention=False, per_token=True)
+        compare(op, oracle.token_rewards, given, dtype=dtype, kl_coef=0.1, beta=0.8)
+
+
+@pytest.mark.parametrize("per_token", (False, True))
 @pytest.mark.parametrize("kind", oracle.KL)
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
-def test_estimators_and_layouts(backend_name, kind, layout):
-    compare(op, oracle.token_rewards, inputs(5, 9), layout=layout, kl_coef=0.3, beta=0.5, kl_estimator=kind)
+def test_estimators_and_layouts(backend_name, kind, layout, per_token):
+    given = inputs(5, 9, attention=not per_token, per_token=per_token)
+    compare(op, oracle.token_rewards, given, layout=layout, kl_coef=0.3, beta=0.5, kl_estimator=kind)
 
 
 def test_k3_is_clamped_at_20(backend_name):

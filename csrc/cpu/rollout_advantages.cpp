@@ -28,8 +28,9 @@ struct RewardInputs {
         logprobs(logprobs_in.to(type).contiguous()),
         ref_logprobs(ref_in.to(type).contiguous()),
         attention(attention_in ? attention_in->to(type).contiguous() : at::Tensor()),
-        mask(mask_in.contiguous()) {
-    check_same_shape(op, "scores", scores, {batch});
+        mask(mask_in.contiguous()),
+        per_token(scores.dim() == 2) {
+    check_same_shape(op, "scores", scores, logprobs.sizes().slice(0, per_token ? 2 : 1));
     check_same_shape(op, "ref_logprobs", ref_logprobs, logprobs.sizes());
     check_same_shape(op, "mask", mask, logprobs.sizes());
     if (attention.defined()) check_same_shape(op, "attention", attention, logprobs.sizes());
@@ -38,7 +39,7 @@ struct RewardInputs {
   template <typename T>
   void row(int64_t b, T kl_coef, T beta, KlEstimator estimator, T* rewards, T* kl) const {
     const int64_t i = b * length;
-    reward_row<T>(scores.const_data_ptr<T>()[b], logprobs.const_data_ptr<T>() + i, ref_logprobs.const_data_ptr<T>() + i,
+    reward_row<T>(scores.const_data_ptr<T>() + (per_token ? i : b), per_token, logprobs.const_data_ptr<T>() + i, ref_logprobs.const_data_ptr<T>() + i,
                   attention.defined() ? attention.const_data_ptr<T>() + i : nullptr, mask.const_data_ptr<bool>() + i,
                   length, kl_coef, beta, estimator, rewards + i, kl + i);
   }
@@ -48,6 +49,7 @@ struct RewardInputs {
   at::ScalarType type;
   int64_t batch, length;
   at::Tensor scores, logprobs, ref_logprobs, attention, mask;
+  bool per_token;
 };
 
 std::tuple<at::Tensor, at::Tensor> token_rewards_cpu(const at::Tensor& scores, const at::Tensor& logprobs,

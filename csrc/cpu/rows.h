@@ -16,8 +16,9 @@ inline int64_t last_true(const bool* mask, int64_t n) {
 }
 
 // rewards[t] = β·α_t·R + (1 − β)·R·1[t = last] − kl_coef·kl[t]; attention may be null: all of R on the last place.
+// Where each token has a score of its own, R_t − kl_coef·kl[t].
 template <typename T>
-void reward_row(T score, const T* logprobs, const T* ref_logprobs, const T* attention, const bool* mask, int64_t n,
+void reward_row(const T* scores, bool per_token, const T* logprobs, const T* ref_logprobs, const T* attention, const bool* mask, int64_t n,
                 T kl_coef, T beta, KlEstimator estimator, T* rewards, T* kl) {
   const int64_t last = last_true(mask, n);
   double mass = 0;
@@ -32,10 +33,10 @@ void reward_row(T score, const T* logprobs, const T* ref_logprobs, const T* atte
     rewards[t] = kl[t] = 0;
     if (!mask[t]) continue;
     kl[t] = kl_estimate(log_difference(logprobs[t], ref_logprobs[t]), estimator);
-    T credit = t == last ? score : T(0);
+    T credit = per_token ? scores[t] : t == last ? *scores : T(0);
     if (attention) {
       const T share = static_cast<T>(uniform ? 1.0 / count : attention[t] / mass);
-      credit = (1 - beta) * credit + beta * share * score;
+      credit = (1 - beta) * credit + beta * share * *scores;
     }
     rewards[t] = credit - kl_coef * kl[t];
   }

@@ -10,6 +10,7 @@ struct RewardInputs {
   Plane<T> scores, logprobs, ref_logprobs, attention;
   MaskPlane mask;
   int64_t batch, length;
+  bool per_token;  // scores: one for each token, rather than one to spread
   T kl_coef, beta;
   KlEstimator estimator;
 
@@ -23,10 +24,11 @@ struct RewardInputs {
         mask(mask_in, tokens),
         batch(logprobs_in.size(0)),
         length(logprobs_in.size(1)),
+        per_token(scores_in.dim() == 2),
         kl_coef(static_cast<T>(kl_coef_in)),
         beta(static_cast<T>(beta_in)),
         estimator(kl_estimator(op, estimator_name)) {
-    check_same_shape(op, "scores", scores_in, {batch});
+    check_same_shape(op, "scores", scores_in, logprobs_in.sizes().slice(0, per_token ? 2 : 1));
     check_same_shape(op, "ref_logprobs", ref_in, logprobs_in.sizes());
     check_same_shape(op, "mask", mask_in, logprobs_in.sizes());
     if (attention_in) check_same_shape(op, "attention", *attention_in, logprobs_in.sizes());
@@ -73,14 +75,14 @@ struct RewardTile {
   }
 
   // Rewards and KL estimates, 0 where masked.
-  __device__ void pay(const RewardInputs<T>& in, T score, const RowCredit<T>& row, int64_t column, T (&rewards)[kItems],
-                      T (&kl)[kItems]) const {
+  __device__ void pay(const RewardInputs<T>& in, int64_t place, T score, const RowCredit<T>& row, int64_t column,
+                      T (&rewards)[kItems], T (&kl)[kItems]) const {
     const bool uniform = !(row.mass >= T(1e-12) && row.mass <= std::numeric_limits<T>::max());
     for (int i = 0; i < kItems; ++i) {
       rewards[i] = kl[i] = 0;
       if (!keep[i]) continue;
       kl[i] = kl_estimate(log_difference(logprobs[i], ref_logprobs[i]), in.estimator);
-      T credit = column + i == row.last ? score : T(0);
+      T credit = in.per_token ? in.scores.at(place, column + i) : column + i == row.last ? score : T(0);
       if (in.attention.data) {
         const T share = uniform ? T(1) / row.count : attention[i] / row.mass;
         credit = (1 - in.beta) * credit + in.beta * share * score;

@@ -19,12 +19,12 @@ template <typename T, int THREADS>
 __global__ void __launch_bounds__(THREADS) token_rewards_kernel(RewardInputs<T> in, T* rewards, T* kl) {
   const int64_t row = blockIdx.x;
   const RowCredit<T> credit = row_credit<THREADS>(in, row);
-  const T score = in.scores.at(row, 0);
+  const T score = in.per_token ? T(0) : in.scores.at(row, 0);
   for (int64_t column = threadIdx.x * kItems; column < in.length; column += THREADS * kItems) {
     RewardTile<T> tile;
     T paid[kItems], estimate[kItems];
     tile.load(in, row, column);
-    tile.pay(in, score, credit, column, paid, estimate);
+    tile.pay(in, row, score, credit, column, paid, estimate);
     store_items(rewards + row * in.length, column, in.length, paid);
     store_items(kl + row * in.length, column, in.length, estimate);
   }
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS)
     GaeCarry<T> carry{0, 0};
     inputs.load(in, row, last_start + threadIdx.x * kItems);
     values.load(row, last_start + threadIdx.x * kItems, in.length, inputs.keep, v);
-    const T score = in.scores.at(row, 0);
+    const T score = in.per_token ? T(0) : in.scores.at(row, 0);
     const RowCredit<T> credit = row_credit<THREADS>(in, row);
     for (int64_t start = last_start; start >= 0; start -= tile) {
       const int64_t column = start + threadIdx.x * kItems, at = row * in.length;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(THREADS)
         inputs.load(in, row, column);
         values.load(row, column, in.length, inputs.keep, v);
       }
-      inputs.pay(in, score, credit, column, rewards, kl);
+      inputs.pay(in, row, score, credit, column, rewards, kl);
       scan_tile<THREADS>(rewards, v, inputs.keep, gamma, lam, carry, advantages);
       for (int i = 0; i < kItems; ++i) {
         keep[i] = inputs.keep[i];

@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import compute_dtype
-from .common import all_moments, at, at_place, block_moments, launch, merge_moments, number, power_of_2, rows
+from .common import all_moments, at_place, block_moments, launch, merge_moments, number, power_of_2, rows
 from .gae import block_of, load_valid, scan_tile
-from .token_rewards import row_credit, tile_rewards
+from .token_rewards import row_credit, row_score, score_rows, tile_rewards
 
 MAX_PROGRAMS = 512  # each leaves its moments behind, and whoever whitens reads them all
 
@@ -34,6 +34,7 @@ def _rollout_advantages_kernel(
     kl_ptr,
     moments_ptr,
     KL_ESTIMATOR: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -45,12 +46,13 @@ def _rollout_advantages_kernel(
     for step in range(tl.cdiv(B - program, programs)):
         row = program + step * programs
         total, count, last = row_credit(attention, mask, tokens, row, T, DTYPE, BLOCK_T)
-        score = tl.load(at(scores, row, row * 0)).to(DTYPE)
+        score = row_score(scores, row, DTYPE, PER_TOKEN)
         next_value, next_advantage = zero, zero
         for k in range(tiles):
             t = (tiles - 1 - k) * BLOCK_T + tl.arange(0, BLOCK_T)
             valid = load_valid(mask, tokens, row, t, T)
             reward, kl = tile_rewards(
+                scores,
                 score,
                 logprobs,
                 ref_logprobs,
@@ -65,6 +67,7 @@ def _rollout_advantages_kernel(
                 mix,
                 DTYPE,
                 KL_ESTIMATOR,
+                PER_TOKEN,
             )
             advantage, value, valid, next_value, next_advantage = scan_tile(
                 reward, values, mask, tokens, row, t, T, g, decay, next_value, next_advantage, DTYPE
@@ -131,7 +134,7 @@ def by_rows(
     launch(
         _rollout_advantages_kernel,
         (programs,),
-        (scores, scores.stride(0), 0),
+        score_rows(scores),
         rows(logprobs),
         rows(ref_logprobs),
         rows(attention),
@@ -151,6 +154,7 @@ def by_rows(
         moments,
         warps=warps,
         KL_ESTIMATOR=kl_estimator,
+        PER_TOKEN=scores.ndim == 2,
         BLOCK_T=block,
     )
     return advantages, returns, rewards, kl, moments

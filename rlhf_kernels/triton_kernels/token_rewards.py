@@ -26,7 +26,17 @@ def row_credit(attention, mask, tokens, row, T, DTYPE: tl.constexpr, BLOCK_T: tl
 
 
 @triton.jit
+def row_score(scores, row, DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """The score that a row spreads, 0 where each token has its own."""
+    score = number(0.0, DTYPE)
+    if not PER_TOKEN:
+        score = tl.load(at(scores, row, row * 0)).to(DTYPE)
+    return score
+
+
+@triton.jit
 def tile_rewards(
+    scores,
     score,
     logprobs,
     ref_logprobs,
@@ -41,13 +51,17 @@ def tile_rewards(
     beta,
     DTYPE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
 ):
     """Rewards and KL estimates of one tile; both 0 where masked."""
     logprob = tl.load(at(logprobs, row, t), mask=valid, other=0.0).to(DTYPE)
     ref_logprob = tl.load(at(ref_logprobs, row, t), mask=valid, other=0.0).to(DTYPE)
     kl = kl_estimate(log_difference(logprob, ref_logprob), KL_ESTIMATOR)
     kl = tl.where(valid, kl, 0.0)
-    credit = tl.where(t == last, score, 0.0)
+    if PER_TOKEN:
+        credit = tl.load(at(scores, row, t), mask=valid, other=0.0).to(DTYPE)
+    else:
+        credit = tl.where(t == last, score, 0.0)
     if attention is not None:
         usable = (total >= 1e-12) & (total < float("inf"))
         weight = tl.load(at(attention, row, t), mask=valid, other=0.0).to(DTYPE) / tl.where(usable, total, 1.0)
@@ -69,22 +83,43 @@ def _token_rewards_kernel(
     rewards_ptr,
     kl_ptr,
     KL_ESTIMATOR: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     row = tl.program_id(0)
     DTYPE: tl.constexpr = rewards_ptr.dtype.element_ty
     total, count, last = row_credit(attention, mask, None, row, T, DTYPE, BLOCK_T)
-    score = tl.load(at(scores, row, row * 0)).to(DTYPE)
+    score = row_score(scores, row, DTYPE, PER_TOKEN)
     coef, mix = number(kl_coef, DTYPE), number(beta, DTYPE)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         valid = load_valid(mask, None, row, t, T)
         reward, kl = tile_rewards(
-            score, logprobs, ref_logprobs, attention, valid, row, t, total, count, last, coef, mix, DTYPE, KL_ESTIMATOR
+            scores,
+            score,
+            logprobs,
+            ref_logprobs,
+            attention,
+            valid,
+            row,
+            t,
+            total,
+            count,
+            last,
+            coef,
+            mix,
+            DTYPE,
+            KL_ESTIMATOR,
+            PER_TOKEN,
         )
         target = row.to(tl.int64) * T + t
         tl.store(rewards_ptr + target, reward, mask=t < T)
         tl.store(kl_ptr + target, kl, mask=t < T)
+
+
+def score_rows(scores: Tensor) -> tuple[Tensor, int, int]:
+    """scores [B] or [B, T] as a `Rows` tuple."""
+    return scores, scores.stride(0), scores.stride(1) if scores.ndim == 2 else 0
 
 
 def token_rewards(
@@ -103,7 +138,7 @@ def token_rewards(
     launch(
         _token_rewards_kernel,
         (logprobs.shape[0] if logprobs.numel() else 0,),
-        (scores, scores.stride(0), 0),
+        score_rows(scores),
         rows(logprobs),
         rows(ref_logprobs),
         rows(attention),
@@ -115,6 +150,7 @@ def token_rewards(
         kl,
         warps=warps,
         KL_ESTIMATOR=kl_estimator,
+        PER_TOKEN=scores.ndim == 2,
         BLOCK_T=block,
     )
     return rewards, kl
