@@ -20,6 +20,7 @@ from rlhf.candidates import (
 from rlhf.config import UserError
 from rlhf.data import collate
 from rlhf.model import head_scores, hidden_states, load_policy, load_reward_model, response_logprobs, scores
+from rlhf.scorer import RewardModelScorer
 
 ROWS = [
     {"prompt": "in this film the plot", "responses": [" is brilliant .", " is dull ."], "scores": [0.9, 0]},
@@ -61,7 +62,7 @@ def test_every_source_gives_its_candidates_and_the_reward_model_scores_them(tmp_
     settings = {"count": 3, "response_length": 6, "temperature": 1.0, "micro_batch": 4}
     sources = [own_source(policy, tokenizer, name, **settings) for name in DECODINGS]
     sources.append(model_source("other", other_start.policy, tokenizer, **settings))
-    groups = draw_candidates(sources, tokenizer, reward_model, PROMPTS, provided=provided, micro_batch=4)
+    groups = draw_candidates(sources, tokenizer, RewardModelScorer(reward_model, 4), PROMPTS, provided=provided)
     assert [group.prompt for group in groups] == PROMPTS
     for group, given in zip(groups, provided):
         names = [name for name in (*DECODINGS, "other") for _ in range(3)]
@@ -87,7 +88,7 @@ def test_what_people_chose_is_not_held_for_the_best(tmp_path, models):
             tokenizer,
         ),
         tokenizer,
-        reward_model,
+        RewardModelScorer(reward_model),
     )
     assert groups[0].chosen == groups[1].chosen == 0
     assert {groups[0].best, groups[1].best} == {0, 1}  # the same two texts: the reward model likes one of them
@@ -99,7 +100,7 @@ def test_a_response_without_eos_is_scored_at_its_last_token(models):
     tokens = tokenizer("in this film the plot is brilliant but the music")["input_ids"]
     cut = Candidates("p", tokens[:5], [tokens[5:]], ["…"], (), ("sample",))
     assert tokenizer.eos_token_id not in tokens
-    (scored,) = score_candidates([cut], tokenizer, reward_model)
+    (scored,) = score_candidates([cut], tokenizer, RewardModelScorer(reward_model))
     with torch.no_grad():
         ids = torch.tensor([tokens])
         each = head_scores(reward_model, hidden_states(reward_model, ids, torch.ones_like(ids, dtype=torch.bool)))[0]

@@ -75,7 +75,6 @@ def test_folder_json_list_and_unicode_line_separator(tmp_path):
         ({"response": "b"}, 'rows.jsonl:2: a row must have "prompt", got "response"'),
         ({"prompt": 3, "response": "b"}, 'rows.jsonl:2: "prompt" must be a string, got 3'),
         ({"prompt": "a", "chosen": "b"}, 'rows.jsonl:2: a row must have "rejected"'),
-        ({"prompt": "a", "reply": "b"}, 'rows.jsonl:2: a row has "prompt" and nothing else, or "response"'),
         (
             {"prompt": "a", "responses": ["b"], "scores": [1, 2]},
             "rows.jsonl:2: wanted one score for each response, got 1 and 2",

@@ -11,6 +11,7 @@ from rlhf.data import load_task
 from rlhf.evaluate import Judges, distinct, mean_and_sem, measure, sequence_kl, win_rate
 from rlhf.model import load_policy, load_reward_model, response_logits
 from rlhf.rollout import generate
+from rlhf.scorer import RewardModelScorer
 
 
 def config(start, **changes):
@@ -56,7 +57,7 @@ def test_sequence_kl_is_the_sum_over_the_vocabulary(start, other_start):
 def test_measure_is_repeatable_and_leaves_the_random_stream(start):
     policy, tokenizer = load_policy(start.policy)
     task = load_task("reviews", 0)
-    judges = Judges(policy, load_reward_model(start.reward_model)[0], task.gold)
+    judges = Judges(policy, RewardModelScorer(load_reward_model(start.reward_model)[0]), task.gold)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, second = (

@@ -131,8 +131,8 @@ def test_missing_eos_penalty_is_not_spread(models, start, tmp_path):
     settings = config(tmp_path, start, reward_shaping="abc", missing_eos_penalty=2.5)
     rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:8], response_length=6)
     rollout.terminated = torch.tensor([True, False] * 4)
-    free, spread = score_rollout(models, rollout, dataclasses.replace(settings, missing_eos_penalty=0.0))
-    score, attention = score_rollout(models, rollout, settings)
+    free, spread, _ = score_rollout(models, rollout, dataclasses.replace(settings, missing_eos_penalty=0.0))
+    score, attention, _ = score_rollout(models, rollout, settings)
     torch.testing.assert_close(free - score, torch.tensor([0.0, 2.5] * 4))
     torch.testing.assert_close(attention[::2], spread[::2])
     last = rollout.batch.mask.sum(1) - 1

@@ -267,9 +267,12 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rm": None}, "needs --candidates with scores, or --rm to score what it samples"),
+        ({"rm": None}, "needs --candidates with scores, or --rm or --reward-fn to score what it samples"),
         ({"sources": "provided"}, "sources provided needs --candidates"),
-        ({"rm": None, "candidates": "c", "sources": "sampled"}, "sources sampled needs --rm to score the samples"),
+        (
+            {"rm": None, "candidates": "c", "sources": "sampled"},
+            "sources sampled needs --rm or --reward-fn to score the samples",
+        ),
         ({"num_candidates": 1}, "num_candidates must be at least 2 to rank, got 1"),
         ({"decoding": ("greedy",)}, "decoding must be one of sample, top_p, beam, diverse_beam, got 'greedy'"),
         ({"source": ("a",)}, "source must be name=value, got 'a'"),

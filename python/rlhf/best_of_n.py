@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, own_source
-from .config import CommonConfig, UserError, option
+from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
 from .model import load_policy, load_reward_model
 from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
 from .schedule import schedule, set_learning_rate
+from .scorer import Scorer, scorer_of
 from .sft import train_step
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class BestOfNConfig(CommonConfig):
     init: str = option(MISSING, "policy that samples and is then trained: run folder, model folder or hub name")
-    rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
+    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
+    reward_fn: str | None = option(None, REWARD_FN)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     n: int = option(4, "responses sampled for each prompt, of which the best is kept", low=2)
@@ -52,6 +54,10 @@ class BestOfNConfig(CommonConfig):
     eval_samples: int = option(128, "responses in an evaluation; also those of the best-of-n estimate", low=1)
     save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
     save_total_limit: int = option(2, "checkpoints to keep", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scorer(self)
 
 
 # -------------------------------------------------------------------------------------------------------- estimates
@@ -82,14 +88,18 @@ def kl_bound(n: int) -> float:
 
 
 def estimate(groups: list[Candidates], gold: list[list[float]] | None, largest: int) -> list[dict[str, Any]]:
-    """Proxy and gold reward of best-of-n for n = 1, 2, 4 … `largest`, each with its standard error over prompts."""
+    """Proxy and gold reward of best-of-n for n = 1, 2, 4 … `largest`, each with its standard error over prompts.
+
+    A prompt of which fewer than n responses could be scored is left out.
+    """
     rows = []
     sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
     for n in sizes:
         row: dict[str, Any] = {"n": n, "kl_bound": kl_bound(n)}
-        row["proxy"] = mean_and_sem([expected_best(group.scores, group.scores, n) for group in groups])
+        enough = [i for i, group in enumerate(groups) if len(group.scores) >= n]
+        row["proxy"] = mean_and_sem([expected_best(groups[i].scores, groups[i].scores, n) for i in enough])
         if gold is not None:
-            row["gold"] = mean_and_sem([expected_best(group.scores, g, n) for group, g in zip(groups, gold)])
+            row["gold"] = mean_and_sem([expected_best(groups[i].scores, gold[i], n) for i in enough])
         rows.append(row)
     return rows
 
@@ -106,19 +116,21 @@ def main(config: BestOfNConfig) -> Path:
     checkpoint = run.load_checkpoint() if config.resume else None
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     sampler, tokenizer = load_policy(config.init, **where)
-    reward_model, _ = load_reward_model(config.rm, **where)
+    reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
+    scorer = scorer_of(config, reward_model, tokenizer, task)
+    assert scorer is not None  # the config refuses a run without one
     ref = load_policy(config.ref, **where)[0] if config.ref else sampler
     policy, _ = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
-    evaluator = Evaluator.of(config, task, Judges(ref, reward_model, task.gold))
+    evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
 
     with run.timer("generate"):
-        groups = sample(config, task, sampler, tokenizer, reward_model, training_prompts(config, task))
+        groups = sample(config, task, sampler, tokenizer, scorer, training_prompts(config, task))
     selected = [
         {"prompt": group.prompt, "response": group.texts[group.best], "score": max(group.scores)} for group in groups
     ]
     write_atomically(run.folder / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in selected))
     with run.timer("evaluate"):
-        inference = estimate_on_heldout(config, task, sampler, tokenizer, reward_model)
+        inference = estimate_on_heldout(config, task, sampler, tokenizer, scorer)
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     done = 0
@@ -171,7 +183,7 @@ def sample(
     task: Task,
     sampler: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: PreTrainedModel,
+    scorer: Scorer,
     prompts: list[str],
     count: int | None = None,
 ) -> list[Candidates]:
@@ -184,7 +196,7 @@ def sample(
         temperature=config.temperature,
         micro_batch=config.micro_batch,
     )
-    return draw_candidates([source], tokenizer, reward_model, prompts, micro_batch=config.micro_batch)
+    return draw_candidates([source], tokenizer, scorer, prompts)
 
 
 def estimate_on_heldout(
@@ -192,13 +204,13 @@ def estimate_on_heldout(
     task: Task,
     sampler: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: PreTrainedModel,
+    scorer: Scorer,
 ) -> list[dict[str, Any]]:
     """What picking the best of n would give on held-out prompts, without any training; 2n samples a prompt."""
     count = 2 * config.n
     prompts = eval_prompts(task.eval_prompts, max(config.eval_samples // count, 1))
-    groups = sample(config, task, sampler, tokenizer, reward_model, prompts, count)
+    groups = sample(config, task, sampler, tokenizer, scorer, prompts, count)
     gold = None
     if task.gold is not None:
-        gold = [task.gold([group.prompt] * count, group.texts) for group in groups]
+        gold = [task.gold([group.prompt] * len(group.texts), group.texts) for group in groups]
     return estimate(groups, gold, config.n)

@@ -6,6 +6,7 @@ the data that provides them. What people chose in the data is a candidate like a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor
 from .config import UserError
 from .data import Batch, Ranking, collate, decode, encode_prompt, encode_response, parse_row, read_rows
 from .decoding import beam_search, nucleus_sample
-from .model import load_policy, response_logprobs, scores
-from .rollout import generate
+from .model import load_policy, response_logprobs
+from .rollout import Rollout, generate
+from .scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -168,14 +170,13 @@ def provided_candidates(ranking: Ranking, tokenizer: PreTrainedTokenizerBase) ->
 def draw_candidates(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: PreTrainedModel,
+    scorer: Scorer,
     prompts: Sequence[str],
     *,
     provided: Sequence[Candidates] = (),
-    micro_batch: int | None = None,
 ) -> list[Candidates]:
-    """Responses of every source to each prompt, the provided ones (as many as prompts, or none) after them, all scored
-    by the reward model. The token ids are kept as they were drawn."""
+    """Responses of every source to each prompt, the provided ones (as many as prompts, or none) after them, with the
+    scores of `score_candidates`. The token ids are kept as they were drawn."""
     drawn = [source.draw(list(prompts)) for source in sources]
     groups = []
     for number, prompt in enumerate(prompts):
@@ -187,21 +188,46 @@ def draw_candidates(
         if given:
             responses, texts, names = responses + given.responses, texts + given.texts, [*names, *given.sources]
         groups.append(Candidates(prompt, encode_prompt(tokenizer, prompt), responses, texts, (), tuple(names), chosen))
-    return score_candidates(groups, tokenizer, reward_model, micro_batch)
+    return score_candidates(groups, tokenizer, scorer)
 
 
 def score_candidates(
     groups: Sequence[Candidates],
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: PreTrainedModel,
-    micro_batch: int | None = None,
+    scorer: Scorer,
 ) -> list[Candidates]:
-    """The same candidates with the reward model's scores, read at the last token: the EOS or, without one, where the
-    response was cut off."""
-    batch = candidate_batch(groups, tokenizer).to(reward_model.device)
-    with torch.no_grad():
-        score = scores(reward_model, batch.tokens, batch.attention_mask, micro_batch=micro_batch)
-    return with_scores(groups, score)
+    """The same candidates with the scorer's scores, without those that it cannot score.
+
+    A reward model's score is read at the last token: the EOS or, without one, where the response was cut off. Raises
+    UserError where a prompt has no candidate left.
+    """
+    responses = [each for group in groups for each in group.responses]
+    rollout = Rollout(
+        candidate_batch(groups, tokenizer),
+        [group.prompt for group in groups for _ in group.responses],
+        [text for group in groups for text in group.texts],
+        torch.tensor([each[-1:] == [tokenizer.eos_token_id] for each in responses]),
+    )
+    return [without_missing(group) for group in with_scores(groups, scorer(rollout).scores)]
+
+
+def without_missing(group: Candidates) -> Candidates:
+    """The candidates that have a score."""
+    kept = [i for i, score in enumerate(group.scores) if not math.isnan(score)]
+    if len(kept) == len(group.scores):
+        return group
+    if not kept:
+        raise UserError(
+            f"none of the {len(group.scores)} responses to this prompt can be scored: {group.prompt!r:.200}"
+        )
+    return replace(
+        group,
+        responses=[group.responses[i] for i in kept],
+        texts=[group.texts[i] for i in kept],
+        scores=tuple(group.scores[i] for i in kept),
+        sources=tuple(group.sources[i] for i in kept),
+        chosen=kept.index(group.chosen) if group.chosen in kept else None,
+    )
 
 
 def penalize_distance(

@@ -49,6 +49,18 @@ class CommonConfig:
             raise UserError("resume and overwrite exclude each other, got both")
 
 
+REWARD_FN = "path.py:function that scores instead of the reward model: (prompts, completions, **columns) → list"
+
+
+def check_scorer(config: Any, *, needed: bool = True) -> None:
+    """Raises UserError unless one of `rm` and `reward_fn` says what scores; neither is right where none is needed."""
+    given = [name for name in ("rm", "reward_fn") if getattr(config, name) is not None]
+    if len(given) == 2:
+        raise UserError("rm and reward_fn exclude each other, got both")
+    if needed and not given:
+        raise UserError("rm or reward_fn must be given: something has to score the responses")
+
+
 INSIDE: dict[str, Callable[[float, float], bool]] = {
     "at least": operator.ge,
     "greater than": operator.gt,

@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,8 @@ class Task:
     eval_prompts: list[str]
     gold: Gold | None
     response_length: int
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The first row of the data with each prompt: its columns reach a reward function."""
 
     def texts(self) -> list[str]:
         """Every training text, for a tokenizer that is trained on the data."""
@@ -101,10 +103,10 @@ def rows_task(path: Path, seed: int) -> Task:
     """A task from rows of .jsonl or .json files; there is no gold judge for them."""
     demonstrations: list[Demonstration] = []
     rankings: list[Ranking] = []
-    prompts: dict[str, None] = {}
+    prompts: dict[str, dict[str, Any]] = {}
     for where, row in read_rows(path):
         parsed = parse_row(where, row)
-        prompts[row["prompt"]] = None
+        prompts.setdefault(row["prompt"], row)
         if isinstance(parsed, Demonstration):
             demonstrations.append(parsed)
         elif isinstance(parsed, Ranking):
@@ -122,6 +124,7 @@ def rows_task(path: Path, seed: int) -> Task:
         eval_prompts=heldout_prompts,
         gold=None,
         response_length=FILE_RESPONSE_LENGTH,
+        rows=prompts,
     )
 
 
@@ -160,7 +163,7 @@ def _parse_json(file: Path, text: str, lines_before: int) -> Any:
 
 
 def parse_row(where: str, row: dict[str, Any]) -> Demonstration | Ranking | None:
-    """The demonstration or ranking in a row, None for a row that is only a prompt."""
+    """The demonstration or ranking in a row, None for one with a prompt and columns that say nothing of responses."""
     prompt = _text(where, row, "prompt")
     if "responses" in row or "scores" in row:
         return Ranking(prompt, *_scored_responses(where, row))
@@ -168,9 +171,6 @@ def parse_row(where: str, row: dict[str, Any]) -> Demonstration | Ranking | None
         return Ranking(prompt, (_text(where, row, "chosen"), _text(where, row, "rejected")), (1.0, 0.0))
     if "response" in row:
         return Demonstration(prompt, _text(where, row, "response"))
-    if set(row) != {"prompt"}:
-        wanted = '"response", "chosen" and "rejected", or "responses" and "scores"'
-        raise UserError(f'{where}: a row has "prompt" and nothing else, or {wanted}; got {_keys(row)}')
     return None
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .candidates import Candidates, draw_candidates, own_source, provided_candidates
-from .config import CommonConfig, UserError, option
+from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Batch, Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
 from .model import load_policy, load_reward_model, response_logprobs
 from .rm import ordered_pairs
 from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
 from .schedule import KINDS, schedule, set_learning_rate
+from .scorer import Scorer, scorer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class DpoConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     ref: str | None = option(None, "reference policy; --init unless given")
     rm: str | None = option(None, "reward model that scores the samples of --pairs sampled, and the evaluations")
+    reward_fn: str | None = option(None, REWARD_FN)
     data: str = option("reviews", '"reviews", a folder or a file: gives the rankings, the prompts and the gold judge')
     pairs: str = option("data", "the data's rankings, or samples of --init scored by --rm", choices=("data", "sampled"))
     pairing: str = option(
@@ -66,8 +68,9 @@ class DpoConfig(CommonConfig):
         super().__post_init__()
         if self.loss == "ipo" and self.label_smoothing:
             raise UserError("label_smoothing belongs to loss sigmoid, got loss ipo")
-        if self.pairs == "sampled" and self.rm is None:
-            raise UserError("pairs sampled needs --rm to score the samples")
+        check_scorer(self, needed=False)
+        if self.pairs == "sampled" and self.rm is None and self.reward_fn is None:
+            raise UserError("pairs sampled needs --rm or --reward-fn to score the samples")
 
 
 # ------------------------------------------------------------------------------------------------------------- loss
@@ -116,7 +119,7 @@ def pairs_of(group: Candidates, pairing: str) -> list[Pair]:
 def load_pairs(
     config: DpoConfig,
     task: Task,
-    reward_model: PreTrainedModel | None,
+    scorer: Scorer | None,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Pair]:
@@ -124,7 +127,7 @@ def load_pairs(
     if config.pairs == "data":
         groups = [provided_candidates(ranking, tokenizer) for ranking in task.rankings]
     else:
-        assert reward_model is not None  # the config wants one
+        assert scorer is not None  # the config wants one
         if not task.prompts:
             raise UserError(f"{config.data}: the data has no prompts to sample from")
         order = epoch_order(len(task.prompts), config.seed, 0)
@@ -138,7 +141,7 @@ def load_pairs(
             micro_batch=config.micro_batch,
         )
         prompts = [task.prompts[order[i % len(order)]] for i in range(config.num_prompts)]
-        groups = draw_candidates([source], tokenizer, reward_model, prompts, micro_batch=config.micro_batch)
+        groups = draw_candidates([source], tokenizer, scorer, prompts)
     pairs = [pair for group in groups for pair in pairs_of(group, config.pairing)]
     if not pairs:
         raise UserError(f"{config.data}: dpo needs pairs of responses with unequal scores, got none")
@@ -229,9 +232,10 @@ def main(config: DpoConfig) -> Path:
     policy, tokenizer = load_policy(config.init, **where)
     ref = load_policy(config.ref or config.init, **where)[0]
     reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
-    evaluator = Evaluator.of(config, task, Judges(ref, reward_model, task.gold))
+    scorer = scorer_of(config, reward_model, tokenizer, task)
+    evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     with run.timer("generate"):
-        pairs = load_pairs(config, task, reward_model, policy, tokenizer)
+        pairs = load_pairs(config, task, scorer, policy, tokenizer)
     with run.timer("logprobs"):
         ref_logprobs = reference_logprobs(ref, tokenizer, pairs, config)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import UserError, check_options, option
+from .config import REWARD_FN, UserError, check_options, check_scorer, option
 from .data import Gold, Task, load_task
-from .files import write_atomically
-from .model import load_policy, load_reward_model, response_logits, scores
+from .files import plain, write_atomically
+from .model import load_policy, load_reward_model, response_logits
 from .rollout import Rollout, generate
 from .run import Run, resolve_device
+from .scorer import Scorer, scorer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     run: str = option(MISSING, "run folder (or model) to evaluate")
     ref: str | None = option(None, "start model for the KL; the run's own --init unless given")
-    rm: str | None = option(None, "reward model for the proxy reward; the run's own --rm unless given")
+    rm: str | None = option(None, "reward model for the proxy reward; the run's own --rm or --reward-fn unless given")
+    reward_fn: str | None = option(None, REWARD_FN)
     data: str = option("reviews", '"reviews", a folder or a file: gives the held-out prompts and the gold judge')
     against: str | None = option(None, "another run folder (or model): print the win rate over it")
     out: str | None = option(None, "file to write; <run>/evaluation.json unless given")
@@ -44,6 +46,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_scorer(self, needed=False)
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Judges:
     """What responses are measured with. A judge that is None is left out of the measurement."""
 
     ref: PreTrainedModel | None
-    reward_model: PreTrainedModel | None
+    scorer: Scorer | None
     gold: Gold | None
 
 
@@ -85,10 +88,8 @@ def measure(
         )
         result = describe(rollout)
         per_sample: dict[str, list[float]] = {}
-        if judges.reward_model is not None:
-            batch = rollout.batch
-            proxy = scores(judges.reward_model, batch.tokens, batch.attention_mask, micro_batch=micro_batch)
-            per_sample["proxy"] = proxy.tolist()
+        if judges.scorer is not None:
+            per_sample["proxy"] = judges.scorer(rollout).scores.tolist()
         if judges.gold is not None:
             per_sample["gold"] = judges.gold(rollout.prompts, rollout.responses)
         if judges.ref is not None:
@@ -177,8 +178,11 @@ def sequence_kl(
 
 
 def mean_and_sem(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard error of the mean."""
+    """Mean and standard error of the mean; NaN, of a response that could not be scored, is left out."""
+    values = [value for value in values if not math.isnan(value)]
     n = len(values)
+    if not n:
+        return {"mean": math.nan, "sem": math.nan}
     mean = sum(values) / n
     variance = sum((value - mean) ** 2 for value in values) / max(n - 1, 1)
     return {"mean": mean, "sem": math.sqrt(variance / n)}
@@ -195,12 +199,16 @@ def eval_metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def win_rate(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], judge: str) -> dict[str, float]:
-    """Share of prompts on which our response scores higher; a tie counts half. Both lists are of the same prompts."""
+    """Share of prompts on which our response scores higher; a tie counts half, a missing score (NaN) not at all.
+
+    Both lists are of the same prompts.
+    """
     outcomes = []
     for a, b in zip(ours, theirs):
         if a["prompt"] != b["prompt"]:
             raise ValueError(f"win_rate: samples must be of the same prompts, got {a['prompt']!r} and {b['prompt']!r}")
-        outcomes.append(0.5 + 0.5 * ((a[judge] > b[judge]) - (a[judge] < b[judge])))
+        missing = math.isnan(a[judge]) or math.isnan(b[judge])
+        outcomes.append(math.nan if missing else 0.5 + 0.5 * ((a[judge] > b[judge]) - (a[judge] < b[judge])))
     return mean_and_sem(outcomes)
 
 
@@ -223,10 +231,13 @@ def main(config: EvaluateConfig) -> Path:
     device = resolve_device(config.device)
     task = load_task(config.data, config.seed)
     policy, tokenizer = load_policy(config.run, device=device, dtype=config.dtype)
-    ref, rm = config.ref or own.get("init"), config.rm or own.get("rm")
+    ref = config.ref or own.get("init")
+    if config.rm is None and config.reward_fn is None:
+        config = replace(config, rm=own.get("rm"), reward_fn=own.get("reward_fn"))
+    reward_model = load_reward_model(config.rm, device=device, dtype=config.dtype)[0] if config.rm else None
     judges = Judges(
         ref=None if ref is None else load_policy(ref, device=device, dtype=config.dtype)[0],
-        reward_model=None if rm is None else load_reward_model(rm, device=device, dtype=config.dtype)[0],
+        scorer=scorer_of(config, reward_model, tokenizer, task),
         gold=task.gold,
     )
     prompts = eval_prompts(task.eval_prompts, config.samples)
@@ -245,7 +256,7 @@ def main(config: EvaluateConfig) -> Path:
             "run": config.against,
             **{name: win_rate(result["samples"], theirs["samples"], name) for name in judges_there},
         }
-    write_atomically(target, json.dumps(result, indent=1) + "\n")
+    write_atomically(target, json.dumps(plain(result), indent=1) + "\n")
     print_result(config.run, result)
     return target
 

@@ -23,6 +23,7 @@ from .ppo_update import update, update_metrics
 from .rollout import generate
 from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
 from .schedule import schedule
+from .scorer import scorer_of
 
 
 def main(config: PpoConfig) -> Path:
@@ -32,7 +33,10 @@ def main(config: PpoConfig) -> Path:
     task = load_task(config.data, config.seed)
     response_length = config.response_length or task.response_length
     models, optimizer, start, kl_coef = prepare(run, config)
-    evaluator = Evaluator.of(config, task, Judges(models.ref, models.reward_model, task.gold))
+    scorer = scorer_of(config, models.reward_model, models.tokenizer, task)
+    if config.reward_fn is not None:
+        models.scorer = scorer
+    evaluator = Evaluator.of(config, task, Judges(models.ref, scorer, task.gold))
 
     if start == 0:
         run.log(0, evaluator.metrics(models.policy, models.tokenizer, run))
@@ -85,7 +89,7 @@ def prepare(run: Run, config: PpoConfig) -> tuple[Models, torch.optim.Optimizer,
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
-    reward_model, rm_tokenizer = load_reward_model(config.rm, **where)
+    reward_model, rm_tokenizer = load_reward_model(config.rm, **where) if config.rm else (None, tokenizer)
     if rm_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"policy {config.init} and reward model {config.rm} must share a tokenizer: the reward model scores the "
@@ -94,11 +98,12 @@ def prepare(run: Run, config: PpoConfig) -> tuple[Models, torch.optim.Optimizer,
     if folder:
         value, _ = load_reward_model(str(folder / "value"), **where)
     else:
-        value, _ = load_reward_model(config.rm if config.value_init == "rm" else config.init, **where)
+        value, _ = load_reward_model(config.rm if config.rm and config.value_init == "rm" else config.init, **where)
         zero_head(value)
         value.config.score_mean, value.config.score_std = 0.0, 1.0
-    for frozen in (ref, reward_model):
-        frozen.requires_grad_(False)
+    ref.requires_grad_(False)
+    if reward_model is not None:
+        reward_model.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [
             {"params": list(policy.parameters()), "peak": config.learning_rate},

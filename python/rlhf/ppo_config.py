@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from .config import CommonConfig, UserError, option
+from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .credit import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
-    rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
+    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
+    reward_fn: str | None = option(None, REWARD_FN)
     ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     steps: int = option(25, "rollouts, each followed by its updates", low=1)
@@ -47,7 +48,9 @@ class PpoConfig(CommonConfig):
     gamma: float = option(1.0, "discount", low=0, high=1)
     lam: float = option(0.95, "λ of GAE", low=0, high=1)
     whiten_advantages: bool = option(True, "whiten the advantages over the rollout")
-    value_init: str = option("rm", "weights the value model starts from; its head starts at 0", choices=("rm", "init"))
+    value_init: str = option(
+        "rm", "weights the value model starts from (init's without --rm); its head starts at 0", choices=("rm", "init")
+    )
     eval_every: int = option(
         5, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
@@ -58,6 +61,9 @@ class PpoConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_scorer(self)
+        if self.reward_fn is not None and self.reward_shaping == "abc":
+            raise UserError("reward_shaping abc is the reward model's attention, so it needs rm; got reward_fn")
         if self.batch_size % self.num_mini_batches:
             raise UserError(
                 f"batch_size must be a multiple of num_mini_batches {self.num_mini_batches}, got {self.batch_size}"

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, mean_score, own_source
-from .config import CommonConfig, UserError, option
+from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Batch, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
 from .model import load_policy, load_reward_model
 from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
 from .schedule import schedule, set_learning_rate
+from .scorer import scorer_of
 from .sft import train_step
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ all lost."""
 @dataclass(frozen=True, kw_only=True)
 class RftConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
-    rm: str = option(MISSING, "reward model: run folder, model folder or hub name")
+    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
+    reward_fn: str | None = option(None, REWARD_FN)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     rounds: int = option(3, "times that responses are sampled anew from the policy", low=1)
@@ -69,6 +71,7 @@ class RftConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_scorer(self)
         if self.quantile_start > self.quantile_end:
             raise UserError(
                 f"quantile_end must be at least quantile_start {self.quantile_start}, got {self.quantile_end}"
@@ -162,8 +165,10 @@ def main(config: RftConfig) -> Path:
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
-    reward_model, _ = load_reward_model(config.rm, **where)
-    evaluator = Evaluator.of(config, task, Judges(ref, reward_model, task.gold))
+    reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
+    scorer = scorer_of(config, reward_model, tokenizer, task)
+    assert scorer is not None  # the config refuses a run without one
+    evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     source = own_source(
         policy,
         tokenizer,
@@ -189,7 +194,7 @@ def main(config: RftConfig) -> Path:
             order = epoch_order(len(task.prompts), config.seed, number)
             prompts = [task.prompts[order[i % len(order)]] for i in range(config.num_prompts)]
             with run.timer("generate"):
-                groups = draw_candidates([source], tokenizer, reward_model, prompts, micro_batch=config.micro_batch)
+                groups = draw_candidates([source], tokenizer, scorer, prompts)
             pool = merge(pool if config.accumulate else [], groups)
             for improvement in range(config.improve_steps):
                 kept = select(pool, config, improvement)

@@ -33,12 +33,13 @@ from .candidates import (
     score_candidates,
     source_metrics,
 )
-from .config import CommonConfig, UserError, option
+from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Task, epoch_order, load_task
 from .evaluate import Evaluator, Judges
 from .model import load_policy, load_reward_model, response_logprobs
 from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
 from .schedule import KINDS, schedule, set_learning_rate
+from .scorer import scorer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 class RrhfConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model that scores the candidates; --candidates alone can do without")
+    reward_fn: str | None = option(None, REWARD_FN)
     ref: str | None = option(None, "start model of the KL; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     candidates: str | None = option(
@@ -109,22 +111,24 @@ class RrhfConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates is None and (self.rm is None or self.sources == "provided"):
+        check_scorer(self, needed=False)
+        scored = self.rm is not None or self.reward_fn is not None
+        if self.candidates is None and (not scored or self.sources == "provided"):
             raise UserError(
-                "rrhf needs --candidates with scores, or --rm to score what it samples"
-                if self.rm is None
+                "rrhf needs --candidates with scores, or --rm or --reward-fn to score what it samples"
+                if not scored
                 else "sources provided needs --candidates"
             )
-        if self.rm is None and self.sources == "sampled":
-            raise UserError("sources sampled needs --rm to score the samples")
+        if not scored and self.sources == "sampled":
+            raise UserError("sources sampled needs --rm or --reward-fn to score the samples")
         if self.sampled and self.candidates is None and self.num_candidates * self.num_sources < 2:
             raise UserError(f"num_candidates must be at least 2 to rank, got {self.num_candidates}")
         if self.sampled and self.uses_provided and not self.rescore:
             raise UserError("rescore must be on where provided and sampled candidates are ranked together")
         if self.sft_target == "chosen" and not self.uses_provided:
             raise UserError("sft_target chosen needs --candidates: samples have no chosen response")
-        if self.kl_coef and self.rm is None:
-            raise UserError("kl_coef needs --rm: it is subtracted from the reward model's scores")
+        if self.kl_coef and not scored:
+            raise UserError("kl_coef needs --rm or --reward-fn: it is subtracted from their scores")
         if self.refresh_every and not self.sampled:
             raise UserError("refresh_every draws candidates from the policy; sources provided has none of them")
         if self.refresh_every and self.epochs != 1:
@@ -138,7 +142,7 @@ class RrhfConfig(CommonConfig):
 
     @property
     def sampled(self) -> bool:
-        return self.rm is not None and self.sources != "provided"
+        return (self.rm is not None or self.reward_fn is not None) and self.sources != "provided"
 
     @property
     def uses_provided(self) -> bool:
@@ -348,7 +352,8 @@ def main(config: RrhfConfig) -> Path:
     policy, tokenizer = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
     reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
-    evaluator = Evaluator.of(config, task, Judges(ref, reward_model, task.gold))
+    scorer = scorer_of(config, reward_model, tokenizer, task)
+    evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     provided = provided_of(config, task, tokenizer)
     sources = sources_of(policy, tokenizer, config, config.response_length or task.response_length, **where)
     available = len(provided) or len(task.prompts)
@@ -376,10 +381,10 @@ def main(config: RrhfConfig) -> Path:
         size = config.micro_batch
         with run.timer("generate"):
             if sources:
-                assert reward_model is not None  # the config samples only with one
-                groups = draw_candidates(sources, tokenizer, reward_model, prompts, provided=given, micro_batch=size)
-            elif reward_model is not None and config.rescore:
-                groups = score_candidates(given, tokenizer, reward_model, size)
+                assert scorer is not None  # the config samples only with one
+                groups = draw_candidates(sources, tokenizer, scorer, prompts, provided=given)
+            elif scorer is not None and config.rescore:
+                groups = score_candidates(given, tokenizer, scorer)
             else:
                 groups = given
             if config.kl_coef:
