@@ -1,6 +1,7 @@
 """Microbenchmarks of the ops: `python -m benchmarks --help`.
 
 bench_<stem>.py says what is run (cases, inputs, peers, and the work that cannot be avoided), harness.py checks and
-times it with clock.py, machine.py knows the machine, report.py writes the tables, profile.py runs one call for a
-profiler. gpu.sh does all there is to do on a GPU.
+times it with clock.py, machine.py knows the machine. curves.py says over what an op grows, targets.py what it should
+reach; report.py writes the tables, plots.py draws, profile.py runs one call for a profiler. gpu.sh does all there is to
+do on a GPU.
 """

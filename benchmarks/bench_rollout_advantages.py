@@ -6,11 +6,15 @@ not fit a cache costs 8 bytes a token more; the limit leaves them out. Ours read
 the attention's sum.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
 
+from . import peers as peers_
 from .bench_gae import GAMMA, LAM, UNROLLED, loop, padded_mask
 from .harness import Case, Work
 
@@ -49,11 +53,22 @@ def formula(case: Case):
 
 
 def peers(case: Case):
-    return {"loop as in verl": plain_with_loop, "torch.compile": UNROLLED}
+    """The same lines of torch around each package's GAE."""
+    torchrl = {
+        name: gae if isinstance(gae, str) else functools.partial(plain_with_loop, gae=gae)
+        for name, gae in peers_.gae_of_torchrl(GAMMA, LAM).items()
+    }
+    return {"loop as in verl": plain_with_loop, "torch.compile": UNROLLED} | torchrl
 
 
 def plain_with_loop(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, attention: Tensor, values: Tensor, mask: Tensor
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    attention: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gae: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = loop,
 ) -> tuple[Tensor, ...]:
     """One line of torch after another around the loop of bench_gae."""
     weight = mask.to(logprobs.dtype)
@@ -63,7 +78,7 @@ def plain_with_loop(
     rewards = BETA * shares * scores[:, None] - KL_COEF * kl
     last = mask.sum(-1) - 1
     rewards[torch.arange(len(scores), device=mask.device), last] += (1 - BETA) * scores
-    advantages, returns = loop(rewards, values, mask)
+    advantages, returns = gae(rewards, values, mask)
     count = weight.sum()
     mean = advantages.sum() / count
     variance = ((advantages - mean).square() * weight).sum() / count

@@ -21,8 +21,9 @@ from . import machine
 from .clock import Clock, clock_of
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-SLICE_ELEMENTS = 1 << 25  # of the largest tensor of a formula in fp64: 256 MiB
+SLICE_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 25}  # of the largest tensor of a formula in fp64: 512, 256 MiB
 PIECE_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 26}  # compared at a time; the CPU's stay in the cache: 7 × as fast
+PEERS_SHARE = 2e-5  # of a row's largest value, which a peer may be off: returns as differences of larger fp32 terms
 GRAPHED_BELOW = 0.25  # seconds; what takes longer is not bound by its launches, or has too many for a graph
 
 
@@ -82,18 +83,25 @@ class Row:
     limit_ms: float | None = None  # the work at the measured ceiling
     share: float | None = None  # limit_ms / median_ms; above 1 where the data came from a cache
     peak_extra_mib: float | None = None  # of the whole call: fwd, or fwd+bwd where it is differentiable
+    results_mib: float | None = None  # what the call returns and its gradients: no call can take less
 
 
 def load(stem: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.bench_{stem}")
 
 
-def providers(stem: str, bench: ModuleType, case: Case, device: str) -> list[Provider]:
-    """Ours on every backend that this device could have, the one that would run first, then the peers."""
+def providers(stem: str, bench: ModuleType, case: Case, device: str, fallback: bool = True) -> list[Provider]:
+    """Ours on every backend that this device could have, the one that would run first, then the peers.
+
+    Without `fallback` not on the torch backend, as long as another one runs: it is what is there without a compiler,
+    and takes most of the time of a measurement.
+    """
     found = []
     table = rk.backend.table(device)
     chosen = next(table[op] for op in (stem, f"{stem}_fwd") if op in table)
     for backend in sorted(rk.backend.PREFERENCE[device], key=lambda backend: backend != chosen):
+        if backend == "torch" != chosen and not fallback:
+            continue
         there = rk.backend.has(stem, backend, device)
         missing = "" if there else f"this build has no {backend} kernel of {stem} on {device}"
         found.append(Provider(f"ours {backend}", bench.ours(case), backend, missing))
@@ -116,8 +124,9 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def results_of(call: Callable[..., Any], inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
     """The outputs, then the gradients of the differentiable inputs."""
-    outputs = outputs_of(call, inputs)
     leaves = leaves_of(inputs)
+    with torch.set_grad_enabled(bool(leaves)):  # as it is timed: torch.compile compiles anew where this differs
+        outputs = outputs_of(call, inputs)
     grads = torch.autograd.grad(outputs, leaves, upstream) if leaves else ()
     return [x.detach() for x in (*outputs, *grads)]
 
@@ -141,7 +150,7 @@ def sliced(function: Callable[..., Any], width: int, *rows: Tensor, whole: Seque
     The same results in less memory: what the formula keeps would not fit a GPU in fp64. `width`: how many elements a
     row has in the formula's largest tensor.
     """
-    size = max(1, SLICE_ELEMENTS // width)
+    size = max(1, SLICE_ELEMENTS[rows[0].device.type] // width)
     if len(rows[0]) <= size:
         return function(*rows, *whole)
     parts = [
@@ -173,9 +182,10 @@ def fault(
     if [x.shape for x in results] != [x.shape for x in truth]:
         return f"wrong: shapes {[tuple(x.shape) for x in results]} should be {[tuple(x.shape) for x in truth]}"
     for number, (got, exact) in enumerate(zip(results, truth)):
-        places = places_off(got, exact, relative=relative)
+        of_row = 0.0 if provider.backend else max(PEERS_SHARE, torch.finfo(got.dtype).eps)
+        places = places_off(got, exact, None, relative, of_row)
         if places and rough is not None:
-            places = places_off(got, exact, rough()[number], relative)
+            places = places_off(got, exact, rough()[number], relative, of_row)
         if places:
             return f"wrong: result {number} is off in {places} of {exact.numel()} places"
     return ""
@@ -185,7 +195,9 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def places_off(got: Tensor, exact: Tensor, rough: Tensor | None = None, relative: float = 0.0) -> int:
+def places_off(
+    got: Tensor, exact: Tensor, rough: Tensor | None = None, relative: float = 0.0, of_row: float = 0.0
+) -> int:
     """How many elements are wrong: NaN, or off by more than `relative` (at least 1e-5, and the rounding of their own
     dtype) of the true value and 1e-5 of the root mean square (for values near zero).
 
@@ -193,17 +205,21 @@ def places_off(got: Tensor, exact: Tensor, rough: Tensor | None = None, relative
     the terms, not of their sum, and some peers round the terms twice or the sum of every chunk again. So a row of a
     gradient may also be off by four times that share of its own largest value (3 % in bf16); its own, since another
     row's may be a thousand times as large.
+    `of_row` allows that share of the row's largest value in any case, to peers. In 16 bits it is one rounding: they
+    take probabilities from log-probabilities that are already rounded, which puts small ones off by some per cent.
     `rough`, plain torch in the case's own dtype, shows what else rounding does (logits in bf16, differences of large
     fp32 terms): twice its largest error in the same row is allowed.
     """
-    products = 4 * relative if got.ndim > 1 else 0.0
+    of_row = max(4 * relative, of_row) if got.ndim > 1 else 0.0
     relative = max(1e-5, torch.finfo(got.dtype).eps, relative)
-    near_zero = 1e-5 * exact.norm() / max(exact.numel(), 1) ** 0.5
+    near_zero = float(1e-5 * exact.norm() / max(exact.numel(), 1) ** 0.5)
     wrong = 0
     for a, b, c in zip(pieces(got), pieces(exact), pieces(exact if rough is None else rough)):
-        allowed = relative * b.abs() + near_zero
-        if products:
-            allowed += products * b.abs().amax(-1, keepdim=True)
+        allowed = b.abs().mul_(relative).add_(near_zero)
+        if float(torch.sub(a, b).abs_().sub_(allowed).max()) <= 0:  # all are right; NaN is not ≤ 0
+            continue
+        if of_row:
+            allowed += of_row * b.abs().amax(-1, keepdim=True)
         if rough is not None:
             allowed += 2 * (c.double() - b).abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
         wrong += int((~((a.double() - b).abs() <= allowed)).sum())
@@ -281,19 +297,32 @@ def interleaved(
     clock: Clock,
     graphs: "dict[str, torch.cuda.CUDAGraph]",
 ) -> dict[str, list[dict[str, float]]]:
-    """Rounds in which every provider runs once, each round led by another one: noise hits all of them alike."""
+    """Rounds in which every provider runs once, each round led by another one: noise hits all of them alike.
+
+    One that has had enough leaves: after its share of `budget` seconds and `MIN_ROUNDS`, or sooner if it is slow.
+    """
+    if leaves_of(inputs):  # the rest is warm: the gate and the memory's measurement have run it
+        for provider in runners:
+            with provider.context(), torch.no_grad():
+                outputs_of(provider.call, inputs)
     samples: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in runners}
-    for provider in runners:  # warm-up; compiles the pass without gradients, which the gate may not have run
-        timed(provider, inputs, upstream, clock)
-    start = time.perf_counter()
+    spent = dict.fromkeys(samples, 0.0)
     for number in range(MAX_ROUNDS):
-        spent = time.perf_counter() - start
-        if spent > budget and (number >= MIN_ROUNDS or (number >= 2 and spent > 10 * budget)):
+        left = [x for x in runners if not enough(len(samples[x.name]), spent[x.name], budget, len(runners))]
+        if not left:
             break
-        first = number % max(len(runners), 1)
-        for provider in (*runners[first:], *runners[:first]):
+        first = number % len(left)
+        for provider in (*left[first:], *left[:first]):
+            start = time.perf_counter()
             samples[provider.name].append(timed(provider, inputs, upstream, clock, graphs.get(provider.name)))
+            spent[provider.name] += time.perf_counter() - start
     return samples
+
+
+def enough(rounds: int, spent: float, budget: float, runners: int) -> bool:
+    """Five rounds and a share of the budget; three that took all of the budget; two that took three times that."""
+    fewest = MIN_ROUNDS if spent < budget else 3 if spent < 3 * budget else 2
+    return rounds >= fewest and spent >= budget / runners
 
 
 def peak_extra_mib(
@@ -305,15 +334,24 @@ def peak_extra_mib(
 
 
 def run_case(
-    stem: str, bench: ModuleType, case: Case, device: str, ceilings: dict[str, float], budget: float
+    stem: str,
+    bench: ModuleType,
+    case: Case,
+    device: str,
+    ceilings: dict[str, float],
+    budget: float,
+    fallback: bool = True,
+    only: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Check, warm up and time every provider of one case; `budget` is seconds of timing."""
+    """Check, warm up and time every provider of one case; `budget` is seconds of timing, `only` names the peers."""
     torch.compiler.reset()  # a case is compiled for its own shape, whatever was compiled before
     torch.manual_seed(0)
     clock = clock_of(device)
     with torch.device(device):  # only here: a default device costs time in every call of torch
         inputs = bench.inputs(case)
-        candidates = providers(stem, bench, case, device)
+        candidates = providers(stem, bench, case, device, fallback)
+    if only is not None:
+        candidates = [provider for provider in candidates if provider.backend or provider.name in only]
     works = bench.work(case)
     formula = bench.formula(case)
     truth, upstream = truth_of(formula, inputs)
@@ -332,6 +370,7 @@ def run_case(
             runners.append(provider)
     del truth, rough
     memory = {provider.name: peak_extra_mib(provider, inputs, upstream, device) for provider in runners}
+    results_mib = sum(x.nbytes for x in (*upstream, *leaves_of(inputs))) / 2**20
     graphs = {}
     for provider in runners if clock.captures and getattr(bench, "GRAPHED", False) else ():
         try:
@@ -344,7 +383,8 @@ def run_case(
     for provider in runners:
         whole = {"graph": list(works.values())[-1]} if provider.name in graphs else {}
         for phase, work in (works | whole).items():
-            row = Row(stem, str(case), provider.name, "ok", phase, peak_extra_mib=memory[provider.name])
+            row = Row(stem, str(case), provider.name, "ok", phase)
+            row.peak_extra_mib, row.results_mib = memory[provider.name], results_mib
             rows.append(measured(row, [sample[phase] for sample in samples[provider.name]], work, case, ceilings))
     return rows
 

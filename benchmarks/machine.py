@@ -72,7 +72,7 @@ def _first_line(command: list[str]) -> str:
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else "unknown"
 
 
-def ceilings(device: str) -> dict[str, float]:
+def ceilings(device: str, repetitions: int = 10) -> dict[str, float]:
     """The rates that an op is held against: bytes per second of memory, FLOP per second of matrix products.
 
     "read" reads; "copy" counts the bytes read and the bytes written. Operands are random: zeros use less power, so
@@ -83,17 +83,18 @@ def ceilings(device: str) -> dict[str, float]:
     stream = torch.ones(STREAM_BYTES // 4, device=device)
     copy = torch.empty_like(stream)
     rates = {
-        "read": STREAM_BYTES / _fastest(stream.sum, clock),
-        "copy": 2 * STREAM_BYTES / _fastest(lambda: copy.copy_(stream), clock),
+        "read": STREAM_BYTES / _fastest(stream.sum, clock, repetitions),
+        "copy": 2 * STREAM_BYTES / _fastest(lambda: copy.copy_(stream), clock, repetitions),
     }
     size = MATMUL_SIZE[device]
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.randn(size, size, device=device).to(dtype)
-        rates[f"matmul {short(dtype)}"] = 2 * size**3 / _fastest(lambda square=square: square @ square, clock)
+        fastest = _fastest(lambda square=square: square @ square, clock, repetitions)
+        rates[f"matmul {short(dtype)}"] = 2 * size**3 / fastest
     return rates
 
 
-def _fastest(call: Callable[[], object], clock: Clock, repetitions: int = 10) -> float:
+def _fastest(call: Callable[[], object], clock: Clock, repetitions: int) -> float:
     """Seconds of the fastest run: a ceiling is what was reached at all."""
     call()
     seconds = []

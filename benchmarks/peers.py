@@ -75,12 +75,15 @@ def liger_grpo(cliprange: float) -> Callable[..., Any]:
 
 
 def torchrl_gae(name: str, gamma: float, lam: float) -> Callable[..., Any]:
-    """For responses padded on the right: the episode is done at the last token."""
+    """For responses padded on the right: the episode is done at the last token, what follows is another one.
+
+    With a done at every place behind it the vectorised form would pad each of them to an episode of T steps.
+    """
     function = getattr(importlib.import_module("torchrl.objectives.value.functional"), name)
 
     def call(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         following = F.pad(values[:, 1:], (0, 1))
-        done = ~F.pad(mask[:, 1:], (0, 1))
+        done = mask & ~F.pad(mask[:, 1:], (0, 1))
         tensors = (x[..., None] for x in (values, following, rewards, done))
         advantages, returns = (x[..., 0] for x in function(gamma, lam, *tensors))
         return torch.where(mask, advantages, 0), torch.where(mask, returns, 0)

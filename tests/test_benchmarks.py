@@ -14,7 +14,7 @@ import torch
 
 import rlhf_kernels as rk
 from benchmarks import __main__ as command
-from benchmarks import clock, harness, machine, profile, report
+from benchmarks import clock, curves, harness, machine, plots, profile, report, targets
 from benchmarks.__main__ import STEMS, main
 
 CEILINGS = {"read": 10e9, "matmul fp32": 1e12}
@@ -152,7 +152,7 @@ def test_matrix_products_of_the_model():
 
 
 def test_a_formula_in_slices_is_the_same_formula(monkeypatch):
-    monkeypatch.setattr(harness, "SLICE_ELEMENTS", 3 * 11)
+    monkeypatch.setitem(harness.SLICE_ELEMENTS, "cpu", 3 * 11)
     logits, weight = torch.randn(10, 5).double().requires_grad_(), torch.randn(11, 5).double().requires_grad_()
     most = 0
 
@@ -196,6 +196,17 @@ def test_products_are_rounded_by_a_share_of_their_row():
         assert harness.places_off(got, exact, relative=0.008) == wrong
         assert harness.places_off(got, exact) == 2
     assert harness.places_off(got[:, 1], exact[:, 1], relative=0.008) == 2  # values, not gradients
+
+
+def test_a_peer_may_round_what_ours_may_not():
+    """A small probability from a log-probability in bf16, by one rounding of the row's largest value."""
+    x, exact = torch.ones(2, 3).bfloat16(), torch.tensor([[1.0, 0.1, 1e-3]] * 2, dtype=torch.float64)
+    for off, wrong in ((7e-3, ""), (9e-3, "wrong: result 0 is off in 2 of 6 places")):
+        got = exact + off * torch.tensor([0.0, 0.0, 1.0])
+        peer = harness.Provider("peer", lambda x, got=got: got.bfloat16())
+        assert harness.fault(peer, [x], [], [exact]) == wrong
+    ours = harness.Provider("ours torch", lambda x: (exact + 7e-3 * torch.eye(3)[2]).bfloat16(), "torch")
+    assert harness.fault(ours, [x], [], [exact]) == "wrong: result 0 is off in 2 of 6 places"
 
 
 def test_plain_rounding_is_asked_for_only_where_the_truth_is_missed():
@@ -312,22 +323,20 @@ def test_graphs_are_a_pass_of_their_own(monkeypatch, capsys):
     }
 
 
-def test_a_slow_round_is_repeated_less_often(monkeypatch):
-    rounds = 0
+def test_a_slow_provider_is_repeated_less_often(monkeypatch):
+    """Of a budget of 4 s: seconds a run → rounds, beside one that takes nothing."""
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
 
-    def slow(*_):
-        nonlocal rounds
-        rounds += 1
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: 20.0 * rounds)
+    def timed(provider, *_):
+        now[0] += seconds if provider.name == "slow" else 0.0
         return {"fwd": 1.0}
 
-    monkeypatch.setattr(harness, "timed", slow)
-    peer = harness.Provider("peer", torch.square)
-    for budget, wanted in ((1.0, 2), (4.0, 3), (30.0, harness.MIN_ROUNDS)):
-        rounds = 0
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: 0.0)
-        samples = harness.interleaved([peer], [], [], budget, clock.CpuClock(), {})
-        assert len(samples["peer"]) == wanted, budget
+    monkeypatch.setattr(harness, "timed", timed)
+    peers = [harness.Provider(name, torch.square) for name in ("fast", "slow")]
+    for seconds, rounds in ((0.01, harness.MAX_ROUNDS), (0.2, 10), (0.5, 5), (2.0, 3), (30.0, 2)):
+        samples = harness.interleaved(peers, [], [], 4.0, clock.CpuClock(), {})
+        assert (len(samples["slow"]), len(samples["fast"])) == (rounds, harness.MAX_ROUNDS), seconds
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
@@ -369,7 +378,7 @@ def test_peak_extra_memory_is_what_was_held_at_once():
 def test_quick_run_of_one_op_writes_json(tmp_path):
     file = tmp_path / "quick.json"
     root = Path(report.__file__).parent.parent
-    command = [sys.executable, "-m", "benchmarks", "gae", "--quick", "--threads", "1", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks", "gae", "--quick", "--threads", "1", "--plot", "--json", str(file)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())
@@ -379,44 +388,67 @@ def test_quick_run_of_one_op_writes_json(tmp_path):
     assert {row["op"] for row in results["rows"]} == {"gae"}
     found = {row["provider"]: row for row in results["rows"]}
     torchrl = {"torchrl vectorised", "torchrl loop"}
-    assert set(found) == {"ours native", "ours torch", "loop as in verl", "torch.compile"} | torchrl
+    native = rk.backend.has("gae", "native", "cpu")
+    ours = {"ours native"} if native else {"ours native", "ours torch"}
+    assert set(found) == {"loop as in verl", "torch.compile"} | torchrl | ours
     assert found["torch.compile"]["status"].startswith("missing")
     there = importlib.util.find_spec("torchrl") is not None
     assert {found[name]["status"] == "ok" for name in torchrl} == {there}
-    assert (found["ours native"]["status"] == "ok") == rk.backend.has("gae", "native", "cpu")
-    for name in ("ours torch", "loop as in verl"):
+    assert (found["ours native"]["status"] == "ok") == native
+    for name in ("ours native" if native else "ours torch", "loop as in verl"):
         low, high = found[name]["quartiles_ms"]
         assert 0 < low <= found[name]["median_ms"] <= high
+    assert {(row["axis"], row["x"]) for row in results["curves"]} == {("T", 64), ("T", 128)}
+    assert (results["failed"], results["not_reached"]) == ([], [])
     assert report.table(results) == done.stdout.strip()
+    assert plots.complaints(tmp_path, "quick", results) == []
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_first_cases_come_first_and_what_finds_no_time_is_named(monkeypatch, tmp_path, capsys):
-    """And what was measured by then is on disk."""
+def test_what_matters_most_comes_first(monkeypatch):
+    """Cases with a target, the first case of every op, curves, the rest; and a point of a curve is not a case."""
+    work = command.jobs(["token_logprobs", "gae"], "cpu", 2, False, True, False)
+    names = [job.name for job in work]
+    assert names[:4] == [
+        "token_logprobs N=1024 V=50257 fp32",
+        "token_logprobs N=1024 V=50257 bf16",
+        "token_logprobs N=1024 V=50257 fp32 given buffer",
+        "gae B=512 T=2048 fp32",
+    ]
+    assert names[4] == "token_logprobs over V: N=128 V=1000 fp32"
+    assert "token_logprobs over threads: N=512 V=50257 fp32 threads=2" in names
+    assert names[-1] == "token_logprobs N=1024 V=50257 fp32 entropy"
+    assert len(set(names)) == len(names)
+    assert [job.part for job in command.jobs(["gae"], "cuda", 2, False, True, False)][:2] == ["rows", "rows"]
+    assert {job.part for job in command.jobs(["gae"], "cpu", 2, False, False, False)} == {"rows"}
+
+
+def test_what_finds_no_time_is_named_and_can_be_resumed(monkeypatch, tmp_path, capsys):
+    """What was measured by then is on disk."""
     ran, file = [], tmp_path / "results.json"
+    monkeypatch.setattr(command.time, "perf_counter", lambda: 100.0 * len(ran))
 
     def run_case(stem, bench, case, device, *_):
-        assert case.device == device == "cuda" and not case.quick
         ran.append(stem)
-        if len(ran) == 3:
+        if len(ran) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
-        monkeypatch.setattr(command.time, "perf_counter", lambda: 100.0 * len(ran))
-        return [harness.Row(stem, str(case), "peer", "ok", "fwd")]
+        return [harness.Row(stem, str(case), "peer", "ok", "fwd", 1.0, [1.0, 1.0])]
 
     monkeypatch.setattr(harness, "run_case", run_case)
-    monkeypatch.setattr(machine, "environment", lambda device: {"device": device})
-    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(command.time, "perf_counter", lambda: 0.0)
-    results = command.run(["token_logprobs", "gae"], "cuda", torch.get_num_threads(), False, 350.0, file)
-    assert ran == ["token_logprobs", "gae", "token_logprobs", "gae"]
-    assert results == report.read(file)
-    assert [(row["op"], row["status"]) for row in results["rows"]] == [
-        ("token_logprobs", "ok"),
-        ("token_logprobs", "missing: CUDA out of memory. Tried to allocate"),
-        ("token_logprobs", "missing: no time was left"),
-        ("gae", "ok"),
-        ("gae", "ok"),
-    ]
+    monkeypatch.setattr(machine, "ceilings", lambda *_: CEILINGS)
+    assert main(["gae", "ppo_loss", "--no-curves", "--seconds", "50", "--json", str(file)]) == 0
+    results = report.read(file)
+    assert (ran, [row["op"] for row in results["rows"]]) == (["gae"], ["gae"])
+    assert results["not_reached"] == ["ppo_loss B=512 T=2048 fp32"]
+    assert "- ppo_loss B=512 T=2048 fp32: no time was left" in capsys.readouterr().out
+    assert main(["gae", "ppo_loss", "--no-curves", "--json", str(file), "--resume"]) == 0
+    results = report.read(file)
+    assert ran == ["gae", "ppo_loss"] and results["not_reached"] == []
+    assert results["failed"] == ["ppo_loss B=512 T=2048 fp32: CUDA out of memory. Tried to allocate"]
+    file.write_text(json.dumps(results | {"machine": results["machine"] | {"cpu": "A processor"}}))
+    with pytest.raises(SystemExit):
+        main(["--json", str(file), "--resume"])
+    assert f"--resume: {file} was measured with another cpu" in capsys.readouterr().err
 
 
 def run_gpu_script(out, *ops, **environment):
@@ -517,6 +549,8 @@ def test_the_worst_cases_are_profiled_first():
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--json", "/nowhere/at/all.json"], "--json: /nowhere/at must be an existing folder"),
         (["--table", "/nowhere/at/all.json"], "--table: /nowhere/at/all.json must be a file that --json wrote"),
+        (["--json", "/tmp/none.json", "--resume"], "--resume: /tmp/none.json must be a file that --json wrote"),
+        (["--plot"], "--plot needs --json, the file that it belongs to"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -528,12 +562,13 @@ def test_bad_arguments(arguments, message, capsys):
 @pytest.mark.parametrize("provider", ["ours torch", "peer"])
 def test_exit_status_tells_of_a_wrong_result_of_ours(provider, monkeypatch, capsys):
     row = {"op": "gae", "case": "B=1", "provider": provider, "status": "wrong: off", "phase": ""}
-    monkeypatch.setattr("benchmarks.__main__.run", lambda *_: RESULTS | {"rows": [row]})
+    monkeypatch.setattr(machine, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(command, "run", lambda work, results, *_: results["rows"].append(row))
     assert main(["gae"]) == (1 if provider == "ours torch" else 0)
     assert f"- gae, {provider}: wrong: off" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------- the README
+# -------------------------------------------------------------------------------------------------- tables and plots
 
 
 def timing(provider, median, **more):
@@ -561,6 +596,9 @@ RESULTS = {
         timing("loop", 80.0),
         {"op": "gae", "case": "B=2 T=3 fp32", "provider": "Liger", "status": "missing: not installed", "phase": ""},
     ],
+    "curves": [],
+    "failed": [],
+    "not_reached": [],
 }
 
 GPU_RESULTS = {
@@ -577,6 +615,9 @@ GPU_RESULTS = {
     },
     "ceilings": {"read": 4.0e12, "copy": 4.1e12, "matmul fp32": 50e12, "matmul bf16": 700e12},
     "rows": [timing("ours triton", 4.0), timing("ours native", 8.0), timing("torch eager", 6.0)],
+    "curves": [],
+    "failed": [],
+    "not_reached": [],
 }
 
 
@@ -588,8 +629,7 @@ def test_table_of_a_gpu():
         "matmul fp32 50.0 TFLOP/s, matmul bf16 700 TFLOP/s."
     )
     assert (
-        "| `gae` | B=2 T=3 fp32 | fwd | 4.0 ± 2.0 | 8.0 ± 2.0 | – | 6.0 ± 2.0 | – | – | 1.5× | 5.0 GB/s | 50% "
-        "| 4.0 / 6.0 |"
+        "| `gae` | B=2 T=3 fp32 | fwd | 4.0 ± 2.0 | 8.0 ± 2.0 | 6.0 ± 2.0 | – | 1.5× | 5.0 GB/s | 50% | 4.0 / 6.0 |"
     ) in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
@@ -601,37 +641,158 @@ def test_table_of_known_numbers():
         "Ceilings measured in the same run: reading 32.0 GB/s, matmul fp32 0.2 TFLOP/s."
     )
     assert (
-        "| `gae` | B=2 T=3 fp32 | fwd | 4.0 ± 2.0 | 160 ± 2.0 | 120 ± 2.0 | – | 80.0 ± 2.0 loop "
+        "| `gae` | B=2 T=3 fp32 | fwd | 4.0 ± 2.0 | 160 ± 2.0 | 120 ± 2.0 | 80.0 ± 2.0 loop "
         "| 20.0× | 5.0 GB/s | 50% | 4.0 / 80.0 |"
     ) in lines
     assert lines[-1] == "- gae, Liger: missing: not installed"
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
+def growing(op, axis, sizes):
+    """Rows of a curve: ours takes 1 ms and 2 MiB a unit, a peer ten times as much, the limit a half."""
+    return [
+        timing(name, factor * x, op=op, case=f"B=2 {axis}={x} fp32", axis=axis, x=x, limit_ms=x / 2, results_mib=x)
+        for x in sizes
+        for name, factor in (("ours native", 1.0), ("loop", 10.0))
+    ]
+
+
+def test_plots_are_small_and_the_same_for_the_same_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = growing("gae", "T", (64, 256, 1024))
+    text = plots.drawn("gae", "T", rows)
+    assert text == plots.drawn("gae", "T", rows) and len(text) < 60_000
+    for word in ("gae  B=2 fp32", "fwd, ms", "extra memory, MiB", "ours native", "loop", "limit", "1024"):
+        assert f">{word}</text>" in text or f"-->{word}" in text or word in text, word
+    assert str(tmp_path) not in text and "2026" not in text.replace("-2026", "")
+    (tmp_path / "cpu-gae-N.svg").touch()  # of a curve that is no longer measured
+    results = RESULTS | {"curves": [*rows, *growing("rollout_advantages", "T", (64,))]}  # a point is no curve
+    assert plots.complaints(tmp_path, "cpu", results) == ["cpu-gae-N.svg", "cpu-gae-T.svg"]
+    plots.write(tmp_path, "cpu", results)
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu-gae-T.svg"]
+    assert plots.complaints(tmp_path, "cpu", results) == []
+    results["curves"][0]["median_ms"] += 1
+    assert plots.complaints(tmp_path, "cpu", results) == ["cpu-gae-T.svg"]
+
+
+def test_curves_are_of_cases_that_can_be_run():
+    """The quick test runs one; here names and sizes."""
+    for curve in curves.CURVES:
+        bench = harness.load(curve.op)
+        known = next(case for case in bench.cases() if case.quick)
+        assert list(curve.base.sizes) == list(known.sizes), curve
+        assert set(curve.peers) <= set(bench.peers(curve.case(1) if curve.axis != curves.THREADS else curve.base)), (
+            curve
+        )
+    assert [curves.counts(threads) for threads in (0, 1, 2, 6)] == [[], [1], [1, 2], [1, 2, 4, 6]]
+
+
+def test_threads_are_set_for_a_point_and_put_back(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(harness, "run_case", lambda *_: seen.append(torch.get_num_threads()) or [])
+    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    curve = next(curve for curve in curves.CURVES if curve.axis == curves.THREADS)
+    for x in (before, before + 1):
+        assert curves.measure(curve, x, "cpu", 1.0, CEILINGS) == []
+    assert (seen, torch.get_num_threads()) == ([before, before + 1], before)
+
+
+# --------------------------------------------------------------------------------------------------------- the targets
+
+
+def test_targets_are_of_cases_that_are_run():
+    for target in targets.TARGETS:
+        bench = harness.load(target.op)
+        (case,) = (case for case in bench.cases() if str(case) == target.case)
+        assert case.runs("cpu", quick=False) and target.phase in bench.work(case)
+        assert target.peer in {None, targets.FASTEST, *bench.peers(case)}
+
+
+def test_targets_are_judged_by_the_measured_rows():
+    ours = timing("ours native", 4.0, share=0.7, limit_ms=3.0)
+    found = {"ours native": ours, "torch.compile": timing("torch.compile", 12.0), "loop": timing("loop", 9.0)}
+    place = "gae", "B=2 T=3 fp32", "fwd"
+    for target, wanted in (
+        (targets.faster(*place, 3, "torch.compile"), ("3.0 ×", "yes")),
+        (targets.faster(*place, 3.1, "torch.compile"), ("3.0 ×", "no")),
+        (targets.faster(*place, 2.2), ("2.2 × (loop)", "yes")),
+        (targets.faster(*place, 2.3), ("2.2 × (loop)", "no")),
+        (targets.faster(*place, 2, "Liger"), ("not measured", "–")),
+        (targets.leaner(*place, 0.34, "torch.compile"), ("0.33 (4 of 12 MiB)", "yes")),
+        (targets.leaner(*place, 0.4, "loop"), ("0.44 (4 of 9 MiB)", "no")),
+        (targets.near_the_limit(*place, 0.7, "reading"), ("70%", "yes")),
+        (targets.near_the_limit(*place, 0.71, "reading"), ("70%", "no")),
+        (targets.within(*place, 4, "products"), ("4 ms, where they take 3 ms", "yes")),
+        (targets.within(*place, 3.9, "products"), ("4 ms, where they take 3 ms", "no")),
+        (targets.below(*place, 4.1, "a map"), ("4.00 MiB", "yes")),
+        (targets.below(*place, 4, "a map"), ("4.00 MiB", "no")),
+    ):
+        assert targets.judged(target, found) == wanted, target.goal
+    assert targets.judged(targets.faster(*place, 3), {}) == ("not measured", "–")
+    unknown = {"ours native": ours | {"peak_extra_mib": None}}
+    assert targets.judged(targets.below(*place, 4, "a map"), unknown) == ("not measured", "–")
+    assert len(targets.table({}).splitlines()) == 2 + len(targets.TARGETS)
+
+
+def test_summary_has_a_line_an_op_and_the_targets():
+    rows = [
+        timing(name, median, op=op, case=case, phase=phase)
+        for op, case, phase in (
+            ("token_logprobs", "N=1024 V=50257 fp32", "fwd"),  # a target
+            ("token_logprobs", "N=1024 V=50257 fp32", "bwd"),
+            ("token_logprobs", "N=1024 V=50257 fp32", "fwd+bwd"),
+            ("token_logprobs", "N=1024 V=50257 fp32 entropy", "fwd"),
+            ("gae", "B=2 T=3 fp32", "fwd"),
+        )
+        for name, median in (("ours native", 4.0), ("torch eager", 120.0), ("loop", 80.0))
+    ]
+    assert report.summary(RESULTS | {"rows": rows}).splitlines()[2:] == [
+        f"| {place} | 4.0 | 80.0 loop | 20.0× | 50% | 4.0 / 80.0 |"
+        for place in (
+            "`token_logprobs` | N=1024 V=50257 fp32 | fwd",
+            "`token_logprobs` | N=1024 V=50257 fp32 | fwd+bwd",
+            "`gae` | B=2 T=3 fp32 | fwd",
+        )
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- the README
+
+
+def test_readme_tables_and_plots_are_written_from_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"README\.md must exist"):
-        report.update_readme()
+        report.update()
     report.README.write_text(f"before\n{report.BEGIN}\nafter\n")
     with pytest.raises(ValueError, match=re.escape(f"must have one line {report.END}, got 0")):
-        report.update_readme()
+        report.update()
     report.README.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write(tmp_path / "cpu.json", RESULTS)
+    grown = RESULTS | {"curves": growing("gae", "T", (1, 2)), "not_reached": ["gae B=9 T=9 fp32"]}
+    report.write(tmp_path / "cpu.json", grown)
+    (tmp_path / "another.json").write_text('{"rows": []}')  # not of this kind
+    assert report.out_of_step() == ["README.md", "cpu.md", "cpu-gae-T.svg"]
     assert main(["--readme"]) == 0
-    cpu = f"\n### CPU\n\n{report.table(RESULTS)}\n"
-    wanted = f"before\n{report.BEGIN}{cpu}\n### GPU\n\n{report.NO_GPU}\n{report.END}\nafter\n"
-    assert report.README.read_text() == wanted
+    assert report.out_of_step() == []
+    text, document = report.README.read_text(), (tmp_path / "cpu.md").read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n### CPU\n") and text.endswith(f"{report.END}\nafter\n")
+    for wanted in (report.summary(grown), targets.table(report.groups(grown["rows"])), report.NO_GPU):
+        assert wanted in text
+    assert "![gae over T](benchmarks/results/cpu-gae-T.svg)" in text and "[benchmarks/results/cpu.md]" in text
+    assert report.table(grown) in document and "![gae over T](cpu-gae-T.svg)" in document
+    assert "- gae B=9 T=9 fp32: no time was left" in document
     report.write(tmp_path / "gpu.json", GPU_RESULTS)
+    assert report.out_of_step() == ["README.md", "gpu.md"]
     assert main(["--readme"]) == 0
-    gpu = f"\n### NVIDIA X\n\n{report.table(GPU_RESULTS)}\n"
-    assert report.README.read_text() == f"before\n{report.BEGIN}{cpu}{gpu}{report.END}\nafter\n"
+    assert "\n### NVIDIA X\n" in report.README.read_text() and report.NO_GPU not in report.README.read_text()
 
 
 def test_readme_says_that_no_gpu_was_measured_as_long_as_none_was():
-    measured = [report.read(path)["machine"]["device"] for path in report.FOLDER.glob("*.json")]
+    measured = [results["machine"]["device"] for results in report.measured().values()]
     assert report.README.read_text().count(report.NO_GPU) == ("cuda" not in measured)
 
 
-def test_readme_is_in_step_with_the_results():
-    assert report.split_readme()[1] == report.rendered(), "run: python -m benchmarks --readme"
+def test_readme_tables_and_plots_are_in_step_with_the_results():
+    assert report.out_of_step() == [], "run: python -m benchmarks --readme"
+    assert all(path.stat().st_size < 60_000 for path in report.FOLDER.glob("*.svg"))
