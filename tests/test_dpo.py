@@ -74,7 +74,7 @@ def test_micro_batches_and_the_length_average(start):
     gradients = []
     for micro_batch in (None, 2, 5):
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        metrics = dpo.step(policy, optimizer, batch, ref, config(micro_batch=micro_batch, max_grad_norm=1e9))
+        metrics = dpo.update(policy, optimizer, batch, ref, config(micro_batch=micro_batch, max_grad_norm=1e9))
         assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
         assert metrics["rewards/margins"] == pytest.approx(0.1 * difference.mean().item(), rel=1e-4)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))

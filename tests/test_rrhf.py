@@ -171,7 +171,7 @@ def test_micro_batches_give_the_whole_batchs_step(start):
                 parameter.copy_(saved)
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         settings = rrhf.RrhfConfig(out="o", init="i", rm="r", micro_batch=micro_batch, max_grad_norm=1e9)
-        metrics = rrhf.step(policy, tokenizer, optimizer, groups, settings)
+        metrics = rrhf.update(policy, tokenizer, optimizer, groups, settings)
         after.append(
             [parameter.detach().clone() for parameter in policy.parameters()] + [torch.tensor(metrics["loss"])]
         )
@@ -251,13 +251,13 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):
     log = Run.log
 
     def interrupted(self, step, values):
-        if step == 3:
+        if step == 4:
             raise KeyboardInterrupt
         return log(self, step, values)
 
     monkeypatch.setattr(Run, "log", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rrhf.main(config(tmp_path / "parts", start))
+        rrhf.main(config(tmp_path / "parts", start, save_steps=3))  # within the second round
     monkeypatch.undo()
     parts = rrhf.main(config(tmp_path / "parts", start, resume=True))
     saved = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, parts)]

@@ -189,8 +189,9 @@ def test_resume_drops_lines_after_the_checkpoint(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     resumed = create(tmp_path, resume=True)
-    step, folder, state = resumed.load_checkpoint()
-    assert (step, folder.name, state) == (2, "step-000002", {"n": 2})
+    checkpoint = resumed.load_checkpoint()
+    assert (checkpoint.step, checkpoint.folder.name, checkpoint.state) == (2, "step-000002", {"n": 2})
+    resumed.go_on(checkpoint)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert [line["step"] for line in files.read_lines(tmp_path / name)] == [1, 2]
     resumed.log(3, {"loss": 3.0})
@@ -201,7 +202,20 @@ def test_resume_without_a_checkpoint_starts_over(tmp_path):
     create(tmp_path).log(1, {"loss": 1.0})
     run = create(tmp_path, resume=True)
     assert run.load_checkpoint() is None
+    run.go_on(None)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_nothing_changes_before_a_resumed_run_goes_on(tmp_path):
+    run = create(tmp_path)
+    run.save_checkpoint(1, {}, {})
+    run.log(2, {"loss": 1.0})
+    before = content(tmp_path)
+    resumed = create(tmp_path, resume=True, steps=9)
+    checkpoint = resumed.load_checkpoint()
+    assert content(tmp_path) == before
+    resumed.go_on(checkpoint)
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["steps"] == 9
 
 
 def test_bad_line_in_the_middle_is_named(tmp_path):
@@ -215,7 +229,7 @@ def test_seconds_go_on_after_a_resume(tmp_path):
     run._start -= 100  # as if the run had begun 100 s ago
     run.save_checkpoint(1, {}, {})
     resumed = create(tmp_path, resume=True)
-    resumed.load_checkpoint()
+    resumed.go_on(resumed.load_checkpoint())
     resumed.finish({})
     assert 100 <= json.loads((tmp_path / "run.json").read_text())["seconds"] < 110
 
@@ -262,9 +276,9 @@ def test_crash_while_saving_a_checkpoint_keeps_the_last_one(tmp_path):
     run.save_checkpoint(1, {"model": (FakeModel("one"), None)}, {"n": 1})
     with pytest.raises(OSError, match="disk full"):
         run.save_checkpoint(2, {"model": (FakeModel("two", fails=OSError("disk full")), None)}, {"n": 2})
-    step, folder, state = create(tmp_path, resume=True).load_checkpoint()
-    assert (step, state) == (1, {"n": 1})
-    assert (folder / "model" / "model.safetensors").read_text() == "one"
+    checkpoint = create(tmp_path, resume=True).load_checkpoint()
+    assert (checkpoint.step, checkpoint.state) == (1, {"n": 1})
+    assert (checkpoint.folder / "model" / "model.safetensors").read_text() == "one"
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, [10]), (2, [9, 10]), (None, [1, 8, 9, 10])])
@@ -273,32 +287,46 @@ def test_checkpoint_rotation(tmp_path, limit, kept):
     for step in (1, 8, 9, 10):
         run.save_checkpoint(step, {"value": (FakeModel("v"), None)}, {})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{s:06d}" for s in kept]
-    assert run.load_checkpoint()[0] == 10
+    assert run.load_checkpoint().step == 10
 
 
-def test_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, change_a_byte, Path.unlink])
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "model/model.safetensors"])
+def test_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, name, damage):
     run = create(tmp_path)
     for step in (1, 2):
         run.log(step, {"loss": 0.0})
-        run.save_checkpoint(step, {}, {"n": step})
-    state = tmp_path / "checkpoints" / "step-000002" / "state.pt"
-    state.write_bytes(state.read_bytes()[:100])
-    step, _, saved = create(tmp_path, resume=True).load_checkpoint()
-    assert (step, saved) == (1, {"n": 1})
+        run.save_checkpoint(step, {"model": (FakeModel("m"), None)}, {"n": torch.tensor(step)})
+    damage(tmp_path / "checkpoints" / "step-000002" / name)
+    resumed = create(tmp_path, resume=True)
+    checkpoint = resumed.load_checkpoint()
+    assert (checkpoint.step, checkpoint.state) == (1, {"n": torch.tensor(1)})
     assert "step-000002 cannot be read, going back to the checkpoint before it" in capsys.readouterr().err
+    resumed.go_on(checkpoint)
     assert [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")] == [1]
+    resumed.save_checkpoint(2, {}, {})
+    kept = ["step-000001", "step-000002", "unreadable-step-000002"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
-def test_checkpoint_holding_code_is_not_run(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (Path(tmp_path / "owned").touch, ())
-
+def test_no_readable_checkpoint_leaves_everything_as_it_was(tmp_path):
     run = create(tmp_path)
-    folder = run.save_checkpoint(1, {}, {})
-    torch.save({"step": 1, "seconds": 0, "state": Attack()}, folder / "state.pt")
-    assert create(tmp_path, resume=True).load_checkpoint() is None
-    assert not (tmp_path / "owned").exists()
+    run.log(1, {"loss": 0.0})
+    cut(run.save_checkpoint(1, {}, {}) / "state.json")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint can be read; nothing was changed"):
+        create(tmp_path, resume=True).load_checkpoint()
+    assert content(tmp_path) == before
 
 
 def test_optimizer_state_survives(tmp_path):
@@ -307,7 +335,7 @@ def test_optimizer_state_survives(tmp_path):
     weight.grad = torch.arange(3.0)
     optimizer.step()
     create(tmp_path).save_checkpoint(1, {}, {"optimizer": optimizer.state_dict()})
-    loaded = create(tmp_path, resume=True).load_checkpoint()[2]["optimizer"]
+    loaded = create(tmp_path, resume=True).load_checkpoint().state["optimizer"]
     assert torch.equal(loaded["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     optimizer.load_state_dict(loaded)
 
@@ -323,7 +351,7 @@ def test_rng_state_survives_a_checkpoint(tmp_path):
     expected = draw()
     seed_everything(4)
     assert draw() != expected
-    set_rng_state(create(tmp_path, resume=True).load_checkpoint()[2]["rng"])
+    set_rng_state(create(tmp_path, resume=True).load_checkpoint().state["rng"])
     assert draw() == expected
 
 

@@ -10,6 +10,7 @@ import torch
 from rlhf import sft
 from rlhf.config import UserError
 from rlhf.data import Demonstration, encode_prompt, encode_response, load_task
+from rlhf.guard import NonFinite
 from rlhf.model import load_policy, response_logprobs
 from rlhf.run import Run, read_lines
 from rlhf.schedule import schedule
@@ -82,7 +83,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model_and
     before = weight.detach().clone()
     with torch.no_grad():
         weight[0] = math.nan
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(NonFinite, match="the loss is nan"):
         sft.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, STEP)
     with torch.no_grad():
         assert torch.equal(weight[1:], before[1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
+from .guard import Guard, Values
 from .model import load_policy, load_reward_model
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Run, resolve_device, seed_everything
 from .schedule import schedule, set_learning_rate
 from .scorer import Scorer, scorer_of
 from .sft import train_step
@@ -52,8 +53,6 @@ class BestOfNConfig(CommonConfig):
         6, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation; also those of the best-of-n estimate", low=1)
-    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
-    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,62 +112,70 @@ def main(config: BestOfNConfig) -> Path:
     seed_everything(config.seed)
     device = resolve_device(config.device)
     task = load_task(config.data, config.seed)
-    checkpoint = run.load_checkpoint() if config.resume else None
+    checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     sampler, tokenizer = load_policy(config.init, **where)
     reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
     ref = load_policy(config.ref, **where)[0] if config.ref else sampler
-    policy, _ = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
+    policy, _ = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
 
-    with run.timer("generate"):
-        groups = sample(config, task, sampler, tokenizer, scorer, training_prompts(config, task))
-    selected = [
-        {"prompt": group.prompt, "response": group.texts[group.best], "score": max(group.scores)} for group in groups
-    ]
-    write_atomically(run.folder / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in selected))
-    with run.timer("evaluate"):
-        inference = estimate_on_heldout(config, task, sampler, tokenizer, scorer)
+    found = Values()
+    if checkpoint is None:
+        with run.timer("generate"):
+            groups = sample(config, task, sampler, tokenizer, scorer, training_prompts(config, task))
+        with run.timer("evaluate"):
+            found["inference"] = estimate_on_heldout(config, task, sampler, tokenizer, scorer)
+        found["groups"] = [asdict(group) for group in groups]
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    done = 0
-    if checkpoint:
-        done, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
-    else:
-        run.log(0, evaluator.metrics(policy, tokenizer, run))
-    per_epoch = math.ceil(len(groups) / config.batch_size)
+    per_epoch = math.ceil(config.num_prompts / config.batch_size)
     total = config.epochs * per_epoch
-    with run.progress(total, "best-of-n", initial=done) as progress:
-        while done < total:
-            epoch, position = divmod(done, per_epoch)
+    with Guard(
+        run,
+        config,
+        total,
+        models={"model": (policy, tokenizer)},
+        parts={"optimizer": optimizer, "found": found},
+        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "reward model": reward_model},
+        checkpoint=checkpoint,
+    ) as guard:
+        groups = [Candidates(**group) for group in found["groups"]]
+        write_selected(run, groups)
+        if guard.step == 0:
+            run.log(0, evaluator.metrics(policy, tokenizer, run))
+        for step in guard.steps("best-of-n"):
+            epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(groups), config.seed, epoch)
             chosen = [groups[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
             batch = collate(
                 [group.prompt_tokens for group in chosen],
                 [group.responses[group.best] for group in chosen],
                 tokenizer.pad_token_id,
-            )
-            learning_rate = config.learning_rate * schedule(done, total, warmup=0.0, kind="linear")
+            ).to(device)
+            learning_rate = config.learning_rate * schedule(step - 1, total, warmup=0.0, kind="linear")
             set_learning_rate(optimizer, learning_rate)
-            with run.timer("train"):
-                metrics = train_step(policy, optimizer, batch.to(device), config)
-            done += 1
-            metrics["lr"] = learning_rate
-            metrics["objective/scores"] = sum(max(group.scores) for group in chosen) / len(chosen)
-            if done == total or (config.eval_every and done % config.eval_every == 0):
+            metrics = {
+                "lr": learning_rate,
+                "objective/scores": sum(max(group.scores) for group in chosen) / len(chosen),
+            }
+            with guard.attempt(batch=batch), run.timer("train"):
+                metrics |= train_step(policy, optimizer, batch, config)
+            if step == total or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluator.metrics(policy, tokenizer, run)
-            run.log(done, metrics)
-            progress.update(1)
-            progress.set_postfix(loss=metrics["loss"])
-            if config.save_steps and done % config.save_steps == 0 and done < total:
-                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
-                run.save_checkpoint(done, {"model": (policy, tokenizer)}, state)
+            guard.log(metrics, "loss")
     run.save_model(policy, tokenizer)
-    return run.finish({"steps": total, "best_of_n": inference})
+    return run.finish({"steps": total, "best_of_n": found["inference"]})
+
+
+def write_selected(run: Run, groups: list[Candidates]) -> None:
+    """selected.jsonl: the best response to each prompt."""
+    rows = [
+        {"prompt": group.prompt, "response": group.texts[group.best], "score": max(group.scores)} for group in groups
+    ]
+    write_atomically(run.folder / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def training_prompts(config: BestOfNConfig, task: Task) -> list[str]:

@@ -5,6 +5,7 @@ Only the chosen stage is imported, so `rlhf --help` does not wait for torch.
 
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ STAGES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a mistake in the command, 130 after Ctrl-C."""
+    """Runs one command; returns the exit status: 0, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return run_stage(name, STAGES[name], argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nrlhf {name}: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal_number", signal.SIGINT)
     except ModuleNotFoundError as error:
         package = (error.name or "rlhf").partition(".")[0]
         if _traceback_wanted() or package in ("rlhf", "rlhf_kernels"):

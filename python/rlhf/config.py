@@ -41,6 +41,11 @@ class CommonConfig:
     dtype: str = option("float32", "dtype of the models' weights", choices=("float32", "bfloat16"))
     resume: bool = option(False, "continue the run in --out from its last checkpoint, or start it")
     overwrite: bool = option(False, "delete the run in --out before starting")
+    save_steps: int = option(0, "steps between checkpoints; 0 for none but the one that Ctrl-C leaves", low=0)
+    save_total_limit: int = option(2, "checkpoints to keep", low=1)
+    max_bad_steps: int = option(
+        5, "stop after this many steps in a row in which a loss, a reward or a gradient was NaN or infinite", low=1
+    )
     report_to: str = option("none", "also write the metrics for this tracker", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ from .candidates import Candidates, draw_candidates, own_source, provided_candid
 from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Batch, Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
+from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reward_model, response_logprobs
 from .rm import ordered_pairs
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Run, resolve_device, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import Scorer, scorer_of
 
@@ -61,8 +62,6 @@ class DpoConfig(CommonConfig):
         10, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
-    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
-    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +122,7 @@ def load_pairs(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Pair]:
-    """The pairs to train on: a function of the config alone, so that a resumed run finds the same."""
+    """The pairs to train on."""
     if config.pairs == "data":
         groups = [provided_candidates(ranking, tokenizer) for ranking in task.rankings]
     else:
@@ -180,7 +179,7 @@ def rows_to_pairs(rows: int | None) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- step
 
 
-def step(
+def update(
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
@@ -201,9 +200,8 @@ def step(
         losses.append(loss.detach())
         logprobs.append(ours.detach())
     mean_loss = torch.cat(losses).mean().item()
-    if not math.isfinite(mean_loss):
-        raise UserError(f"the loss is {mean_loss}; the last checkpoint and model are as they were")
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    check_finite(loss=mean_loss, gradient=grad_norm)
     optimizer.step()
     ours = torch.cat(logprobs)
     chosen, rejected = (config.beta * (ours - ref_logprobs)).unbind(1)
@@ -234,43 +232,46 @@ def main(config: DpoConfig) -> Path:
     reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
-    with run.timer("generate"):
-        pairs = load_pairs(config, task, scorer, policy, tokenizer)
+    checkpoint = run.load_checkpoint()
+    sampled = Values()
+    if config.pairs == "data" or checkpoint is None:
+        with run.timer("generate"):
+            pairs = load_pairs(config, task, scorer, policy, tokenizer)
+        if config.pairs == "sampled":
+            sampled["pairs"] = [asdict(pair) for pair in pairs]
+    else:
+        pairs = [Pair(**pair) for pair in checkpoint.state["parts"]["sampled"]["pairs"]]
     with run.timer("logprobs"):
         ref_logprobs = reference_logprobs(ref, tokenizer, pairs, config)
 
-    done = 0
-    checkpoint = run.load_checkpoint() if config.resume else None
     if checkpoint:
-        policy, _ = load_policy(str(checkpoint[1] / "model"), **where)
+        policy, _ = load_policy(str(checkpoint.folder / "model"), **where)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    if checkpoint:
-        done, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
-    else:
-        run.log(0, evaluator.metrics(policy, tokenizer, run))
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    with run.progress(total, "dpo", initial=done) as progress:
-        while done < total:
-            epoch, position = divmod(done, per_epoch)
+    with Guard(
+        run,
+        config,
+        total,
+        models={"model": (policy, tokenizer)},
+        parts={"optimizer": optimizer, "sampled": sampled},
+        constants={"data": task, "tokenizer": tokenizer, "reference": ref},
+        checkpoint=checkpoint,
+    ) as guard:
+        if guard.step == 0:
+            run.log(0, evaluator.metrics(policy, tokenizer, run))
+        for step in guard.steps("dpo"):
+            epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(pairs), config.seed, epoch)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
             batch = batch_of([pairs[i] for i in chosen], tokenizer).to(device)
-            factor = schedule(done, total, warmup=config.warmup, kind=config.lr_scheduler)
+            factor = schedule(step - 1, total, warmup=config.warmup, kind=config.lr_scheduler)
             set_learning_rate(optimizer, config.learning_rate * factor)
-            with run.timer("train"):
-                metrics = step(policy, optimizer, batch, ref_logprobs[chosen].to(device), config)
-            done += 1
-            metrics |= {"lr": config.learning_rate * factor, "epoch": done / per_epoch}
-            if done == total or (config.eval_every and done % config.eval_every == 0):
+            metrics = {"lr": config.learning_rate * factor, "epoch": step / per_epoch}
+            with guard.attempt(batch=batch), run.timer("train"):
+                metrics |= update(policy, optimizer, batch, ref_logprobs[chosen].to(device), config)
+            if step == total or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluator.metrics(policy, tokenizer, run)
-            run.log(done, metrics)
-            progress.update(1)
-            progress.set_postfix(loss=metrics["loss"], accuracy=metrics["rewards/accuracies"])
-            if config.save_steps and done % config.save_steps == 0 and done < total:
-                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
-                run.save_checkpoint(done, {"model": (policy, tokenizer)}, state)
+            guard.log(metrics, "loss", "rewards/accuracies")
     run.save_model(policy, tokenizer)
     return run.finish({"steps": total, "pairs": len(pairs)})

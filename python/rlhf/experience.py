@@ -13,6 +13,7 @@ import rlhf_kernels as rk
 from .config import UserError
 from .credit import credit_weights, last_attention_row
 from .data import Batch
+from .guard import check_finite
 from .model import response_logprobs, scores, values
 from .ppo_config import PpoConfig
 from .rollout import Rollout
@@ -59,13 +60,15 @@ class Experience:
 
 @torch.no_grad()
 def make_experience(models: Models, rollout: Rollout, config: PpoConfig, kl_coef: float, run: Run) -> Experience:
-    """Score a rollout and turn the scores into advantages."""
+    """Score a rollout and turn the scores into advantages. Raises NonFinite where one of them is NaN or infinite."""
     batch, size = rollout.batch, config.micro_batch
     with run.timer("score"):
         reward, attention, credit = score_rollout(models, rollout, config)
     if models.scorer is not None:  # it may leave responses unscored, which then count nowhere
         rollout = replace(rollout, batch=replace(batch, mask=batch.mask & ~reward.isnan()[:, None]))
         batch = rollout.batch
+    else:
+        check_finite(reward=reward)
     with run.timer("logprobs"):
         old_logprobs, entropy = response_logprobs(
             models.policy, batch, config.temperature, entropy=True, micro_batch=size
@@ -104,6 +107,7 @@ def make_experience(models: Models, rollout: Rollout, config: PpoConfig, kl_coef
             advantages, returns = rk.gae(rewards, old_values, batch.mask, gamma=config.gamma, lam=config.lam)
             if config.whiten_advantages:
                 advantages = rk.masked_whiten(advantages, batch.mask)
+    check_finite(log_probability=old_logprobs, advantage=advantages)
     return Experience(rollout, reward, old_logprobs, old_values, entropy, advantages, returns, rewards, kl)
 
 

@@ -16,12 +16,13 @@ from .config import UserError
 from .data import Task, decode_tokens, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts
 from .experience import Models, make_experience, rollout_metrics, rollout_record
+from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl
 from .model import load_policy, load_reward_model, zero_head
 from .ppo_config import PpoConfig
 from .ppo_update import update, update_metrics
 from .rollout import generate
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Checkpoint, Run, resolve_device, seed_everything
 from .schedule import schedule
 from .scorer import scorer_of
 
@@ -32,60 +33,67 @@ def main(config: PpoConfig) -> Path:
     seed_everything(config.seed)
     task = load_task(config.data, config.seed)
     response_length = config.response_length or task.response_length
-    models, optimizer, start, kl_coef = prepare(run, config)
+    checkpoint = run.load_checkpoint()
+    models, optimizer = prepare(config, checkpoint)
     scorer = scorer_of(config, models.reward_model, models.tokenizer, task)
     if config.reward_fn is not None:
         models.scorer = scorer
     evaluator = Evaluator.of(config, task, Judges(models.ref, scorer, task.gold))
 
-    if start == 0:
-        run.log(0, evaluator.metrics(models.policy, models.tokenizer, run))
-    with run.progress(config.steps, f"ppo {config.reward_shaping}", initial=start) as progress:
-        for step in range(start + 1, config.steps + 1):
+    kl = Values(coef=config.kl_coef)
+    with Guard(
+        run,
+        config,
+        config.steps,
+        models={"model": (models.policy, models.tokenizer), "value": (models.value, models.tokenizer)},
+        parts={"optimizer": optimizer, "kl": kl},
+        constants={
+            "data": task,
+            "tokenizer": models.tokenizer,
+            "reference": models.ref,
+            "reward model": models.reward_model,
+        },
+        checkpoint=checkpoint,
+    ) as guard:
+        if guard.step == 0:
+            run.log(0, evaluator.metrics(models.policy, models.tokenizer, run))
+        for step in guard.steps(f"ppo {config.reward_shaping}"):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step - 1, config.steps, warmup=0.0, kind="linear")
-            prompts = step_prompts(task, config, step)
-            with run.timer("generate"):
-                rollout = generate(
-                    models.policy,
-                    models.tokenizer,
-                    prompts,
-                    response_length=response_length,
-                    temperature=config.temperature,
-                    micro_batch=config.micro_batch,
-                )
-            experience = make_experience(models, rollout, config, kl_coef, run)
-            metrics = rollout_metrics(experience, kl_coef)
-            check_kl(metrics["objective/kl"], config)
-            with run.timer("train"):
-                stats = update(models, optimizer, experience, config)
-            kl_coef = adapt_kl_coef(kl_coef, metrics["objective/kl"], config)
-            metrics |= update_metrics(stats) | {
-                "lr": optimizer.param_groups[0]["lr"],
-                "episode": step * config.batch_size,
-            }
+            metrics = {"lr": optimizer.param_groups[0]["lr"], "episode": step * config.batch_size}
             evaluated = step == config.steps or (config.eval_every and step % config.eval_every == 0)
+            with guard.attempt() as seen:
+                with run.timer("generate"):
+                    seen["rollout"] = rollout = generate(
+                        models.policy,
+                        models.tokenizer,
+                        step_prompts(task, config, step),
+                        response_length=response_length,
+                        temperature=config.temperature,
+                        micro_batch=config.micro_batch,
+                    )
+                seen["experience"] = experience = make_experience(models, rollout, config, kl["coef"], run)
+                metrics |= rollout_metrics(experience, kl["coef"])
+                if evaluated or step == 1:
+                    run.rollout(rollout_record(experience, step))
+                check_kl(metrics["objective/kl"], config)
+                with run.timer("train"):
+                    metrics |= update_metrics(update(models, optimizer, experience, config))
+                kl["coef"] = adapt_kl_coef(kl["coef"], metrics["objective/kl"], config)
             if evaluated:
                 metrics |= evaluator.metrics(models.policy, models.tokenizer, run)
-            if evaluated or step == 1:
-                run.rollout(rollout_record(experience, step))
-            run.log(step, metrics)
-            progress.update(1)
-            progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
-            if config.save_steps and step % config.save_steps == 0 and step < config.steps:
-                save_checkpoint(run, models, optimizer, step, kl_coef)
-    for record in credit_samples(models, task, config, response_length, config.steps, kl_coef, run):
+            guard.log(metrics, "objective/scores", "objective/kl")
+    for record in credit_samples(models, task, config, response_length, config.steps, kl["coef"], run):
         run.sample(record)
     run.save_model(models.policy, models.tokenizer)
     run.save_model(models.value, models.tokenizer, "value")
-    return run.finish({"kl_coef": kl_coef, "steps": config.steps})
+    return run.finish({"kl_coef": kl["coef"], "steps": config.steps})
 
 
-def prepare(run: Run, config: PpoConfig) -> tuple[Models, torch.optim.Optimizer, int, float]:
-    """Models and optimiser, fresh or as the last checkpoint left them, the step they are at and the KL coefficient."""
+def prepare(config: PpoConfig, checkpoint: Checkpoint | None) -> tuple[Models, torch.optim.Optimizer]:
+    """Models, fresh or as the checkpoint left them, and a fresh optimiser."""
     device = resolve_device(config.device)
-    checkpoint = run.load_checkpoint() if config.resume else None
-    folder = checkpoint[1] if checkpoint else None
+    folder = checkpoint.folder if checkpoint else None
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
@@ -113,19 +121,7 @@ def prepare(run: Run, config: PpoConfig) -> tuple[Models, torch.optim.Optimizer,
         eps=config.adam_eps,
         weight_decay=0.0,
     )
-    start, kl_coef = 0, config.kl_coef
-    if checkpoint:
-        start, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
-        kl_coef = state["kl_coef"]
-    return Models(policy, value, ref, reward_model, tokenizer), optimizer, start, kl_coef
-
-
-def save_checkpoint(run: Run, models: Models, optimizer: torch.optim.Optimizer, step: int, kl_coef: float) -> None:
-    folders = {"model": (models.policy, models.tokenizer), "value": (models.value, models.tokenizer)}
-    state = {"optimizer": optimizer.state_dict(), "rng": rng_state(), "kl_coef": kl_coef}
-    run.save_checkpoint(step, folders, state)
+    return Models(policy, value, ref, reward_model, tokenizer), optimizer
 
 
 def step_prompts(task: Task, config: PpoConfig, step: int) -> list[str]:

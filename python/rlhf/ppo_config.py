@@ -56,8 +56,6 @@ class PpoConfig(CommonConfig):
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
     num_samples: int = option(8, "held-out responses whose credit is written to samples.jsonl at the end", low=0)
-    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
-    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import rlhf_kernels as rk
 
 from .config import UserError
 from .experience import Experience, Models
+from .guard import check_finite
 from .model import response_logprobs, values
 from .ppo_config import PpoConfig
 
@@ -21,7 +21,8 @@ def update(
 ) -> dict[str, float]:
     """The epochs of minibatches over one rollout; returns the statistics averaged over all minibatches.
 
-    Raises UserError if the first minibatch, whose policy is still the one that sampled, has a ratio other than one.
+    Raises UserError if the first minibatch, whose policy is still the one that sampled, has a ratio other than one, and
+    NonFinite before a minibatch whose loss or gradient is not finite would change the weights.
     """
     history: list[dict[str, Tensor]] = []
     for _ in range(config.num_ppo_epochs):
@@ -29,8 +30,16 @@ def update(
         for index in order.chunk(config.num_mini_batches):
             optimizer.zero_grad(set_to_none=True)
             stats = minibatch_backward(models, experience, index, config, check_ratio=not history)
-            for model in (models.policy, models.value):
+            norms = [
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                for model in (models.policy, models.value)
+            ]
+            check_finite(
+                policy_loss=stats["policy_loss"],
+                value_loss=stats["value_loss"],
+                policy_gradient=norms[0],
+                value_gradient=norms[1],
+            )
             optimizer.step()
             history.append(stats)
     means = {name: torch.stack([stats[name] for stats in history]).mean().item() for name in history[0]}
@@ -67,8 +76,6 @@ def minibatch_backward(
             dual_clip=config.dual_clip,
             normalizer=normalizer,
         )
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()}; the last checkpoint and model are as they were")
         loss.backward()
         parts.append((stats, rk.masked_mean(entropy.detach(), batch.mask)))
     return combine(parts)

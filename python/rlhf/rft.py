@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from .candidates import Candidates, draw_candidates, mean_score, own_source
 from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Batch, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
+from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reward_model
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Run, resolve_device, seed_everything
 from .schedule import schedule, set_learning_rate
 from .scorer import scorer_of
 from .sft import train_step
@@ -67,7 +68,6 @@ class RftConfig(CommonConfig):
         6, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
-    save_total_limit: int = option(2, "checkpoints to keep; there is one after each round", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,9 +161,9 @@ def main(config: RftConfig) -> Path:
     task = load_task(config.data, config.seed)
     if not task.prompts:
         raise UserError(f"{config.data}: the data has no prompts to sample from")
-    checkpoint = run.load_checkpoint() if config.resume else None
+    checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
-    policy, tokenizer = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
+    policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
     reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
@@ -179,59 +179,59 @@ def main(config: RftConfig) -> Path:
         micro_batch=config.micro_batch,
     )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    done, first, pool = 0, 0, list[Candidates]()
-    if checkpoint:
-        done, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
-        first, pool = state["round"], [Candidates(**each) for each in state["pool"]]
-    else:
-        run.log(0, evaluator.metrics(policy, tokenizer, run))
-
     passes = config.rounds * config.improve_steps
-    with run.progress(passes, "rft", initial=first * config.improve_steps) as progress:
-        for number in range(first, config.rounds):
-            order = epoch_order(len(task.prompts), config.seed, number)
-            prompts = [task.prompts[order[i % len(order)]] for i in range(config.num_prompts)]
-            with run.timer("generate"):
-                groups = draw_candidates([source], tokenizer, scorer, prompts)
-            pool = merge(pool if config.accumulate else [], groups)
-            for improvement in range(config.improve_steps):
+    # The pass that is under way, its first step and its number of steps, which is known when it begins.
+    at = Values(number=-1, first=1, steps=0, scores=0.0, pool=[])
+    with Guard(
+        run,
+        config,
+        passes,
+        models={"model": (policy, tokenizer)},
+        parts={"optimizer": optimizer, "at": at},
+        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "reward model": reward_model},
+        checkpoint=checkpoint,
+    ) as guard:
+        pool = [Candidates(**each) for each in at["pool"]]
+        if guard.step == 0:
+            run.log(0, evaluator.metrics(policy, tokenizer, run))
+        else:
+            kept = select(pool, config, at["number"] % config.improve_steps)
+            guard.total = at["first"] - 1 + at["steps"] * (passes - at["number"])
+        for step in guard.steps("rft"):
+            if step == at["first"] + at["steps"]:
+                at |= {"number": at["number"] + 1, "first": step}
+                number, improvement = divmod(at["number"], config.improve_steps)
+                if improvement == 0:
+                    order = epoch_order(len(task.prompts), config.seed, number)
+                    prompts = [task.prompts[order[i % len(order)]] for i in range(config.num_prompts)]
+                    with run.timer("generate"):
+                        groups = draw_candidates([source], tokenizer, scorer, prompts)
+                    pool = merge(pool if config.accumulate else [], groups)
+                    at |= {"scores": mean_score(groups), "pool": [asdict(each) for each in pool]}
                 kept = select(pool, config, improvement)
                 if not kept:
                     raise UserError("select quantile: no response passes its threshold; are all scores equal?")
-                pass_number = number * config.improve_steps + improvement
-                order = epoch_order(len(kept), config.seed, pass_number)
-                steps = math.ceil(len(kept) / config.batch_size)
-                for position in range(steps):
-                    chosen = [kept[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
-                    factor = schedule(pass_number * steps + position, passes * steps, warmup=0.0, kind="linear")
-                    set_learning_rate(optimizer, config.learning_rate * factor)
-                    weights = torch.tensor([each.weight for each in chosen], device=device)
-                    batch = batch_of(chosen, tokenizer, config.loss_on).to(device)
-                    with run.timer("train"):
-                        metrics = train_step(policy, optimizer, batch, config, weights)
-                    done += 1
-                    metrics |= {
-                        "lr": config.learning_rate * factor,
-                        "objective/scores": mean_score(groups),
-                        "selected/scores": sum(each.score for each in chosen) / len(chosen),
-                        "selected/responses": len(kept),
-                        "selected/share": len(kept) / sum(len(group.responses) for group in pool),
-                    }
-                    last = pass_number + 1 == passes and position + 1 == steps
-                    if last or (config.eval_every and done % config.eval_every == 0):
-                        metrics |= evaluator.metrics(policy, tokenizer, run)
-                    run.log(done, metrics)
-                progress.update(1)
-                progress.set_postfix(loss=metrics["loss"], score=metrics["objective/scores"])
-            if number + 1 < config.rounds:
-                state = {
-                    "optimizer": optimizer.state_dict(),
-                    "rng": rng_state(),
-                    "round": number + 1,
-                    "pool": [vars(group) for group in pool] if config.accumulate else [],
-                }
-                run.save_checkpoint(done, {"model": (policy, tokenizer)}, state)
+                at["steps"] = math.ceil(len(kept) / config.batch_size)
+                guard.total = step - 1 + at["steps"] * (passes - at["number"])
+            order, position = epoch_order(len(kept), config.seed, at["number"]), step - at["first"]
+            chosen = [kept[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
+            done = at["number"] * at["steps"] + position
+            learning_rate = config.learning_rate * schedule(done, passes * at["steps"], warmup=0.0, kind="linear")
+            set_learning_rate(optimizer, learning_rate)
+            weights = torch.tensor([each.weight for each in chosen], device=device)
+            batch = batch_of(chosen, tokenizer, config.loss_on).to(device)
+            metrics = {
+                "lr": learning_rate,
+                "objective/scores": at["scores"],
+                "selected/scores": sum(each.score for each in chosen) / len(chosen),
+                "selected/responses": len(kept),
+                "selected/share": len(kept) / sum(len(group.responses) for group in pool),
+            }
+            with guard.attempt(batch=batch, weights=weights), run.timer("train"):
+                check_finite(score=metrics["selected/scores"])
+                metrics |= train_step(policy, optimizer, batch, config, weights)
+            if step == guard.total or (config.eval_every and step % config.eval_every == 0):
+                metrics |= evaluator.metrics(policy, tokenizer, run)
+            guard.log(metrics, "loss", "objective/scores")
     run.save_model(policy, tokenizer)
-    return run.finish({"steps": done})
+    return run.finish({"steps": guard.total})

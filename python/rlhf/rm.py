@@ -20,8 +20,9 @@ import rlhf_kernels as rk
 
 from .config import CommonConfig, UserError, option
 from .data import Ranking, Task, collate, encode_text, epoch_order, load_task
+from .guard import Guard, check_finite
 from .model import last_attended, load_reward_model, scores, set_score_normalization
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Run, resolve_device, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ class RmConfig(CommonConfig):
     )
     max_length: int = option(512, "tokens of a text; a longer one loses its start", low=1)
     eval_every: int = option(50, "steps between evaluations; 0 for only the last", low=0)
-    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
-    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -126,13 +125,14 @@ def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Rank
 def train_step(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: RankingBatch, config: RmConfig
 ) -> dict[str, float]:
-    """One optimiser step; raises RuntimeError, before the weights change, if the gradient is not finite."""
+    """One optimiser step; raises NonFinite, before the weights change, if the loss or the gradient is not finite."""
     optimizer.zero_grad(set_to_none=True)
     seen = drop_tokens(batch.attention_mask, config.token_dropout)
     predicted = scores(model, batch.tokens, seen, normalized=False, micro_batch=config.micro_batch)
     loss = loss_of(predicted, batch, config)
     loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    check_finite(loss=loss.detach(), gradient=grad_norm)
     optimizer.step()
     return {"loss": loss.item(), "grad_norm": grad_norm.item(), **score_metrics(predicted.detach(), batch)}
 
@@ -269,46 +269,45 @@ def main(config: RmConfig) -> Path:
     task = load_task(config.data, config.seed)
     rankings = usable(config, task)
 
-    checkpoint = run.load_checkpoint() if config.resume else None
+    checkpoint = run.load_checkpoint()
     model, tokenizer = load_reward_model(
-        str(checkpoint[1] / "model") if checkpoint else config.init,
+        str(checkpoint.folder / "model") if checkpoint else config.init,
         device=device,
         dtype=config.dtype,
         tokenizer_texts=task.texts(),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    done = 0
-    if checkpoint:
-        done, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
 
     examples = encode(tokenizer, rankings, config.max_length)
     checks = encode(tokenizer, task.heldout_rankings, config.max_length)
     eval_batches = batches_of(checks, config.batch_size, tokenizer.pad_token_id)
     per_epoch = math.ceil(len(examples) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    with run.progress(total, "rm", initial=done) as progress:
-        while done < total:
-            epoch, position = divmod(done, per_epoch)
+    with Guard(
+        run,
+        config,
+        total,
+        models={"model": (model, tokenizer)},
+        parts={"optimizer": optimizer},
+        constants={"data": task, "tokenizer": tokenizer},
+        checkpoint=checkpoint,
+    ) as guard:
+        for step in guard.steps("rm"):
+            epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(examples), config.seed, epoch)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
             batch = batch_of([examples[i] for i in chosen], tokenizer.pad_token_id).to(device)
-            learning_rate = config.learning_rate * schedule(done, total, warmup=config.warmup, kind=config.lr_scheduler)
+            learning_rate = config.learning_rate * schedule(
+                step - 1, total, warmup=config.warmup, kind=config.lr_scheduler
+            )
             set_learning_rate(optimizer, learning_rate)
-            with run.timer("train"):
-                metrics = train_step(model, optimizer, batch, config)
-            done += 1
-            metrics |= {"lr": learning_rate, "epoch": done / per_epoch}
-            if done < total and config.eval_every and done % config.eval_every == 0:
+            metrics = {"lr": learning_rate, "epoch": step / per_epoch}
+            with guard.attempt(batch=batch), run.timer("train"):
+                metrics |= train_step(model, optimizer, batch, config)
+            if step < total and config.eval_every and step % config.eval_every == 0:
                 with run.timer("evaluate"):
                     metrics |= eval_metrics(evaluate(model, eval_batches, config))
-            run.log(done, metrics)
-            progress.update(1)
-            progress.set_postfix(loss=metrics["loss"])
-            if config.save_steps and done % config.save_steps == 0 and done < total:
-                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
-                run.save_checkpoint(done, {"model": (model, tokenizer)}, state)
+            guard.log(metrics, "loss")
     fit_normalization(model, tokenizer, task, config)
     with run.timer("evaluate"):
         final = evaluate(model, eval_batches, config)

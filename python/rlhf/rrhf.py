@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,9 @@ from .candidates import (
 from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
 from .data import Task, epoch_order, load_task
 from .evaluate import Evaluator, Judges
+from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reward_model, response_logprobs
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Run, resolve_device, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import scorer_of
 
@@ -107,7 +108,6 @@ class RrhfConfig(CommonConfig):
         4, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
-    save_total_limit: int = option(2, "checkpoints to keep; there is one after each round", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,7 +272,7 @@ def sft_target(groups: Sequence[Candidates], config: RrhfConfig) -> Tensor:
     return torch.cat(parts)
 
 
-def step(
+def update(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
@@ -293,14 +293,13 @@ def step(
     if len(parts) > 1:
         logprobs.requires_grad_()
     loss, metrics = loss_of(logprobs, batch.mask, groups, config)
-    if not math.isfinite(metrics["loss"]):
-        raise UserError(f"the loss is {metrics['loss']}; the last checkpoint and model are as they were")
     loss.backward()
     if len(parts) > 1:
         assert logprobs.grad is not None  # a leaf of the loss
         for part, gradient in zip(parts, logprobs.grad.split(len(parts[0]))):
             response_logprobs(policy, part, temperature).backward(gradient)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    check_finite(loss=metrics["loss"], gradient=grad_norm)
     optimizer.step()
     return metrics | {"grad_norm": grad_norm.item()}
 
@@ -347,9 +346,9 @@ def main(config: RrhfConfig) -> Path:
     seed_everything(config.seed)
     device = resolve_device(config.device)
     task = load_task(config.data, config.seed)
-    checkpoint = run.load_checkpoint() if config.resume else None
+    checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
-    policy, tokenizer = load_policy(str(checkpoint[1] / "model") if checkpoint else config.init, **where)
+    policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
     reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
@@ -367,11 +366,6 @@ def main(config: RrhfConfig) -> Path:
     per_round = math.ceil(in_round / config.batch_size) * config.epochs
     total = rounds * per_round
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    done = 0
-    if checkpoint:
-        done, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
 
     def round_candidates(number: int) -> list[Candidates]:
         order = epoch_order(available, config.seed, number)
@@ -392,29 +386,42 @@ def main(config: RrhfConfig) -> Path:
                 groups = penalize_distance(groups, tokenizer, policy, ref, micro_batch=size, **settings)
         return groups
 
-    if done == 0:
-        run.log(0, evaluator.metrics(policy, tokenizer, run))
-    with run.progress(total, "rrhf", initial=done) as progress:
-        for number in range(done // per_round, rounds):
-            candidates = round_candidates(number)
-            for epoch in range(config.epochs):
-                order = epoch_order(len(candidates), config.seed, 1000 * number + epoch)
-                for start in range(0, len(order), config.batch_size):
-                    done += 1
-                    factor = schedule(done - 1, total, warmup=config.warmup, kind=config.lr_scheduler)
-                    learning_rate = config.learning_rate * factor
-                    set_learning_rate(optimizer, learning_rate)
-                    groups = [candidates[i] for i in order[start : start + config.batch_size]]
-                    with run.timer("train"):
-                        metrics = step(policy, tokenizer, optimizer, groups, config)
-                    metrics |= {"lr": learning_rate, "objective/scores": mean_score(groups), **source_metrics(groups)}
-                    if done == total or (config.eval_every and done % config.eval_every == 0):
-                        metrics |= evaluator.metrics(policy, tokenizer, run)
-                    run.log(done, metrics)
-                    progress.update(1)
-                    progress.set_postfix(loss=metrics["loss"], accuracy=metrics["accuracy"])
-            if number + 1 < rounds:
-                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
-                run.save_checkpoint(done, {"model": (policy, tokenizer)}, state)
+    current = Values()
+    with Guard(
+        run,
+        config,
+        total,
+        models={"model": (policy, tokenizer)},
+        parts={"optimizer": optimizer, "current": current},
+        constants={
+            "data": task,
+            "candidates": provided,
+            "tokenizer": tokenizer,
+            "reference": ref,
+            "reward model": reward_model,
+        },
+        checkpoint=checkpoint,
+    ) as guard:
+        candidates = [Candidates(**each) for each in current.get("candidates", [])]
+        if guard.step == 0:
+            run.log(0, evaluator.metrics(policy, tokenizer, run))
+        for step in guard.steps("rrhf"):
+            number, place = divmod(step - 1, per_round)
+            if place == 0:
+                candidates = round_candidates(number)
+                current["candidates"] = [asdict(each) for each in candidates]
+            epoch, position = divmod(place, per_round // config.epochs)
+            order = epoch_order(len(candidates), config.seed, 1000 * number + epoch)
+            groups = [candidates[i] for i in order[position * config.batch_size : (position + 1) * config.batch_size]]
+            factor = schedule(step - 1, total, warmup=config.warmup, kind=config.lr_scheduler)
+            set_learning_rate(optimizer, config.learning_rate * factor)
+            metrics = {"lr": config.learning_rate * factor}
+            with guard.attempt(candidates=groups), run.timer("train"):
+                check_finite(score=torch.tensor([score for group in groups for score in group.scores]))
+                metrics |= {"objective/scores": mean_score(groups), **source_metrics(groups)}
+                metrics |= update(policy, tokenizer, optimizer, groups, config)
+            if step == total or (config.eval_every and step % config.eval_every == 0):
+                metrics |= evaluator.metrics(policy, tokenizer, run)
+            guard.log(metrics, "loss", "accuracy")
     run.save_model(policy, tokenizer)
     return run.finish({"steps": total})

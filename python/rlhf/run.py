@@ -5,7 +5,8 @@ metrics.jsonl     one JSON object a logged step
 rollouts.jsonl    ppo: scores, lengths and KL by position of some steps' responses
 samples.jsonl     sampled responses with the credit of each token
 model/            save_pretrained folder; ppo also writes value/
-checkpoints/      step-000040/{model, value, state.pt}, the last few
+checkpoints/      step-000040/{model, value, state.safetensors, state.json}, the last few
+skipped/          step-000012/…: what a step was given that was skipped because a number was not finite
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import shutil
@@ -23,15 +23,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from tqdm import tqdm
 
 from . import __version__
+from .checkpoint import Unreadable, read_state, write_state
 from .config import UserError
 from .files import append_line, clear, new_folder, plain, read_lines, recover, write_atomically, write_json
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk. folder: has the models' folders; seconds: of the run up to it."""
+
+    step: int
+    folder: Path
+    seconds: float
+    state: dict[str, Any]
 
 
 class Run:
@@ -95,7 +105,8 @@ class Run:
             "finished": False,
             "summary": {},
         }
-        write_json(info, self._info)
+        if not previous:  # a resumed run writes it when it goes on: one that is refused leaves everything as it was
+            write_json(info, self._info)
 
     def _take_over(self, previous: dict[str, Any]) -> None:
         if previous["stage"] != self.stage:
@@ -105,8 +116,7 @@ class Run:
         old, new = previous["config"], self.config
         for name in sorted(old.keys() | new.keys()):
             if name not in ("out", "resume", "overwrite") and old.get(name) != new.get(name):
-                self._say(f"resumed with {name} = {new.get(name)!r}; the run began with {old.get(name)!r}")
-        self._drop_after(self._last_step())
+                self.say(f"resumed with {name} = {new.get(name)!r}; the run began with {old.get(name)!r}")
 
     def _refuse_deleting_inputs(self) -> None:
         folder = self.folder.resolve()
@@ -117,7 +127,8 @@ class Run:
                 if folder in (Path(text).resolve(), *Path(text).resolve().parents):
                     raise UserError(f"--overwrite would delete {text}, which {name} reads; choose another --out")
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
+        """A line on stderr, with the stage's name in front."""
         print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
 
     # Metrics, samples, timers
@@ -175,7 +186,7 @@ class Run:
         return self.folder / name
 
     def save_checkpoint(self, step: int, models: dict[str, tuple[Any, Any]], state: dict[str, Any]) -> Path:
-        """Write `<out>/checkpoints/step-<step>`: a folder for each (model, tokenizer), and state.pt.
+        """Write `<out>/checkpoints/step-<step>`: a folder for each (model, tokenizer), and the state.
 
         state: tensors, numbers, strings, lists and dicts only (optimizer.state_dict(), rng_state() …).
         Then older checkpoints go, down to the config's `save_total_limit` (2 where it has none; None keeps all).
@@ -184,29 +195,42 @@ class Run:
         with new_folder(target) as folder:
             for name, (model, tokenizer) in models.items():
                 _save_pretrained(folder / name, model, tokenizer)
-            torch.save({"step": step, "seconds": self._seconds(), "state": state}, folder / "state.pt")
+            write_state(folder, {"step": step, "seconds": self._seconds(), "state": state})
         limit = self.config.get("save_total_limit", 2)
         if limit is not None:
             for old in self._checkpoints()[: -max(limit, 1)]:
                 shutil.rmtree(old)
         return target
 
-    def load_checkpoint(self) -> tuple[int, Path, dict[str, Any]] | None:
-        """(step, folder, state) of the last checkpoint, tensors on the CPU; None where there is none.
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint that can be read, its tensors on the CPU; None where there is none.
 
-        A checkpoint whose state cannot be read is passed over, with a line on stderr, for the one before it.
+        One that cannot be read is named on stderr and passed over for the one before it. Raises UserError where none of
+        several can be: starting over would delete what may yet be saved. Nothing is changed until `go_on`.
         """
-        for folder in reversed(self._checkpoints()):
+        folders = self._checkpoints()
+        for folder in reversed(folders):
             try:
-                saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                self._say(f"{folder} cannot be read, going back to the checkpoint before it: {error}")
-                continue
-            self._drop_after(saved["step"])
-            self._start = time.monotonic() - saved["seconds"]
-            return saved["step"], folder, saved["state"]
-        self._drop_after(None)
+                saved = read_state(folder)
+                return Checkpoint(saved["step"], folder, saved["seconds"], saved["state"])
+            except Unreadable as error:
+                self.say(f"{folder} cannot be read, going back to the checkpoint before it: {error}")
+        if folders:
+            raise UserError(f"{self.folder}: no checkpoint can be read; nothing was changed, --overwrite starts over")
         return None
+
+    def go_on(self, checkpoint: Checkpoint | None) -> None:
+        """Continue after this checkpoint, or from the start: forgets the steps that will be run again."""
+        if checkpoint is not None:
+            self._start = time.monotonic() - checkpoint.seconds
+        step = checkpoint.step if checkpoint else None
+        for folder in self._checkpoints():
+            if step is None or _step(folder) > step:
+                aside = folder.with_name(f"unreadable-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
+        self._drop_after(step)
+        write_json(self.folder / "run.json", self._info)
 
     def finish(self, summary: dict[str, Any]) -> Path:
         """Mark run.json as finished, with the run's seconds and its summary; returns the run folder."""
@@ -310,7 +334,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of random, numpy and torch's generators, of types that torch.load(weights_only=True) accepts."""
+    """State of random, numpy and torch's generators, of types that a checkpoint holds."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = dict(numpy.random.get_state(legacy=False))
     state["state"] = {"key": torch.from_numpy(state["state"]["key"].astype("int64")), "pos": state["state"]["pos"]}

@@ -18,6 +18,7 @@ import rlhf_kernels as rk
 
 from .config import UserError
 from .data import Task
+from .guard import check_finite
 from .model import scores
 from .offsets import byte_spans
 from .rollout import Rollout
@@ -50,7 +51,9 @@ class RewardModelScorer:
     def __call__(self, rollout: Rollout) -> Scores:
         batch = rollout.batch.to(self.model.device)
         with torch.no_grad():
-            return Scores(scores(self.model, batch.tokens, batch.attention_mask, micro_batch=self.micro_batch))
+            found = scores(self.model, batch.tokens, batch.attention_mask, micro_batch=self.micro_batch)
+        check_finite(reward=found)
+        return Scores(found)
 
 
 @dataclass(frozen=True)

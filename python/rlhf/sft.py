@@ -16,8 +16,9 @@ import rlhf_kernels as rk
 
 from .config import CommonConfig, UserError, option
 from .data import Batch, Demonstration, Task, collate, encode_prompt, encode_response, epoch_order, load_task, split
+from .guard import Guard, check_finite
 from .model import load_policy, response_logits
-from .run import Run, resolve_device, rng_state, seed_everything, set_rng_state
+from .run import Run, resolve_device, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ class SftConfig(CommonConfig):
     max_length: int = option(512, "tokens of a text; a longer one loses the start of its prompt, then its end", low=2)
     eval_fraction: float = option(0.05, "share of the demonstrations held out for evaluation", low=0, below=1)
     eval_every: int = option(50, "steps between evaluations; 0 for only the last", low=0)
-    save_steps: int = option(0, "steps between checkpoints; 0 for none", low=0)
-    save_total_limit: int = option(2, "checkpoints to keep", low=1)
 
 
 class StepConfig(Protocol):
@@ -93,7 +92,7 @@ def train_step(
     """One optimiser step on −mean log π(response token): the mean over all response tokens of the batch, each weighing
     as its row does in `weights` [B], 1 unless given.
 
-    Raises RuntimeError, before the weights change, if the gradient is not finite.
+    Raises NonFinite, before the weights change, if the loss or the gradient is not finite.
     """
     tokens = batch.mask.sum()
     weights = torch.ones(len(batch), device=tokens.device) if weights is None else weights
@@ -105,9 +104,10 @@ def train_step(
         loss, right = loss_and_right(model, part, part_weights)
         (loss / weight).backward()
         totals.append(torch.stack([loss.detach() / weight, right / tokens]))
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=True)
-    optimizer.step()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     loss, right = torch.stack(totals).sum(0).tolist()
+    check_finite(loss=loss, gradient=grad_norm)
+    optimizer.step()
     return {"loss": loss, "mean_token_accuracy": right, "grad_norm": grad_norm.item(), "num_tokens": tokens.item()}
 
 
@@ -148,19 +148,14 @@ def main(config: SftConfig) -> Path:
     texts = demonstrations(task)
     heldout, train = split(texts, config.seed, config.eval_fraction) if config.eval_fraction else ([], texts)
 
-    checkpoint = run.load_checkpoint() if config.resume else None
+    checkpoint = run.load_checkpoint()
     model, tokenizer = load_policy(
-        str(checkpoint[1] / "model") if checkpoint else config.model,
+        str(checkpoint.folder / "model") if checkpoint else config.model,
         device=device,
         dtype=config.dtype,
         tokenizer_texts=task.texts(),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    done = 0
-    if checkpoint:
-        done, _, state = checkpoint
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
 
     examples = encode(tokenizer, train, config.max_length)
     checks = encode(tokenizer, heldout, config.max_length)
@@ -170,33 +165,31 @@ def main(config: SftConfig) -> Path:
     ]
     per_epoch = math.ceil(len(examples) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    metrics: dict[str, Any] = {}
-    with run.progress(total, "sft", initial=done) as progress:
-        while done < total:
-            epoch, position = divmod(done, per_epoch)
+    with Guard(
+        run,
+        config,
+        total,
+        models={"model": (model, tokenizer)},
+        parts={"optimizer": optimizer},
+        constants={"data": task, "tokenizer": tokenizer},
+        checkpoint=checkpoint,
+    ) as guard:
+        for step in guard.steps("sft"):
+            epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(examples), config.seed, epoch)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
             batch = batch_of([examples[i] for i in chosen], tokenizer).to(device)
-            learning_rate = config.learning_rate * schedule(done, total, warmup=config.warmup, kind=config.lr_scheduler)
-            set_learning_rate(optimizer, learning_rate)
+            factor = schedule(step - 1, total, warmup=config.warmup, kind=config.lr_scheduler)
+            set_learning_rate(optimizer, config.learning_rate * factor)
+            metrics: dict[str, Any] = {"lr": config.learning_rate * factor, "epoch": step / per_epoch}
             start = time.perf_counter()
-            with run.timer("train"):
-                metrics = train_step(model, optimizer, batch, config)
-            metrics |= {
-                "lr": learning_rate,
-                "epoch": (done + 1) / per_epoch,
-                "tokens_per_second": metrics["num_tokens"] / (time.perf_counter() - start),
-            }
-            done += 1
-            if done < total and config.eval_every and done % config.eval_every == 0:
+            with guard.attempt(batch=batch), run.timer("train"):
+                metrics |= train_step(model, optimizer, batch, config)
+                metrics["tokens_per_second"] = metrics["num_tokens"] / (time.perf_counter() - start)
+            if step < total and config.eval_every and step % config.eval_every == 0:
                 with run.timer("evaluate"):
                     metrics |= evaluate(model, eval_batches, config.micro_batch)
-            run.log(done, metrics)
-            progress.update(1)
-            progress.set_postfix(loss=metrics["loss"])
-            if config.save_steps and done % config.save_steps == 0 and done < total:
-                state = {"optimizer": optimizer.state_dict(), "rng": rng_state()}
-                run.save_checkpoint(done, {"model": (model, tokenizer)}, state)
+            guard.log(metrics, "loss")
     with run.timer("evaluate"):
         final = evaluate(model, eval_batches, config.micro_batch)
     run.log(total, final)
