@@ -210,7 +210,7 @@ def models(start):
     policy, tokenizer = load_policy(start.policy)
     value, _ = load_reward_model(start.policy)
     zero_head(value)
-    return Models(policy, value, load_policy(start.policy)[0], None, tokenizer)
+    return Models(policy, value, load_policy(start.policy)[0], None, tokenizer, None)
 
 
 def experience_of(models, config, rollout, function):
@@ -237,11 +237,22 @@ def test_numbers_are_spread_as_asked(tmp_path, start, models):
     config = settings(tmp_path, start, reward_shaping="uniform", missing_eos_penalty=0.0)
     rollout = rollout_of(models.tokenizer, [("the film", " was good"), ("the plot", " is")])
     models.scorer = FunctionScorer(lambda **_: [1, 2], "f.py:f", models.tokenizer)
-    scores, attention, credit = score_rollout(models, rollout, config)
-    assert scores.tolist() == [1, 2] and credit is None and attention.equal(rollout.batch.mask.float())
-    models.scorer = replace(models.scorer, function=lambda completion_ids: [[1.0] * len(i) for i in completion_ids])
-    with pytest.raises(UserError, match="reward_shaping must be terminal, got uniform"):
-        score_rollout(models, rollout, config)
+    mask, lengths = rollout.batch.mask, rollout.batch.mask.sum(1)
+    last = torch.nn.functional.one_hot(lengths - 1, mask.shape[1])
+    uniform = 0.8 * mask / lengths[:, None] + 0.2 * last
+    scores, earned = score_rollout(models, rollout, config)
+    assert scores.tolist() == [1, 2]
+    torch.testing.assert_close(earned, uniform * torch.tensor([[1.0], [2.0]]))
+    with pytest.raises(UserError, match="span needs a reward function that scores tokens or spans, got one score"):
+        score_rollout(models, rollout, replace(config, reward_shaping="span"))
+    # A function's own numbers count as they are, unless another way to spread their sum is asked for.
+    models.scorer = replace(
+        models.scorer, function=lambda completion_ids: [list(range(len(i))) for i in completion_ids]
+    )
+    own = torch.where(mask, torch.arange(mask.shape[1]), 0).float()
+    for shaping, expected in (("span", own), ("terminal", own), ("uniform", uniform * own.sum(1, keepdim=True))):
+        _, earned = score_rollout(models, rollout, replace(config, reward_shaping=shaping))
+        torch.testing.assert_close(earned, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_scored_counts_nowhere(tmp_path, start, models):
@@ -316,8 +327,8 @@ def test_one_thing_scores(tmp_path, start, functions):
         settings(tmp_path, start, **both)
     with pytest.raises(UserError, match="rm or reward_fn must be given"):
         settings(tmp_path, start, reward_fn=None)
-    with pytest.raises(UserError, match="reward_shaping abc is the reward model's attention"):
+    with pytest.raises(UserError, match="reward_shaping abc is what the reward model says, so it needs rm"):
         settings(tmp_path, start, reward_shaping="abc")
     config = settings(tmp_path, start, rm=start.reward_model, reward_fn=None, micro_batch=3)
-    model, _ = load_reward_model(start.reward_model)
-    assert scorer_of(config, model, None, None) == RewardModelScorer(model, 3)
+    model, tokenizer = load_reward_model(start.reward_model)
+    assert scorer_of(config, (model, tokenizer), tokenizer, None) == RewardModelScorer(model, 3)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, own_source
-from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
@@ -36,6 +36,7 @@ class BestOfNConfig(CommonConfig):
     init: str = option(MISSING, "policy that samples and is then trained: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model: run folder, model folder or hub name")
     reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     n: int = option(4, "responses sampled for each prompt, of which the best is kept", low=2)
@@ -115,7 +116,7 @@ def main(config: BestOfNConfig) -> Path:
     checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     sampler, tokenizer = load_policy(config.init, **where)
-    reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
+    reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
     ref = load_policy(config.ref, **where)[0] if config.ref else sampler

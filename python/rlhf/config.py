@@ -56,6 +56,8 @@ class CommonConfig:
 
 REWARD_FN = "path.py:function that scores instead of the reward model: (prompts, completions, **columns) → list"
 
+RM_CHAT_TEMPLATE = "show texts to the reward model as its tokenizer's chat template writes them"
+
 
 def check_scorer(config: Any, *, needed: bool = True) -> None:
     """Raises UserError unless one of `rm` and `reward_fn` says what scores; neither is right where none is needed."""

@@ -1,196 +1,169 @@
-"""Credit: how a response's score is spread over its tokens.
+"""Credit: how a response's score is spread over its tokens, so that the credit of a response sums to its score.
 
-The attention of a model's last layer comes through transformers' AttentionInterface: every layer runs as it always
-does (SDPA; the model's own eager function for the few architectures that SDPA cannot do), and the last layer's query
-and key are kept on the side. `rk.attention_row` then makes the one row that is wanted; there is no [T, T] map.
+Kinds of reward shaping:
+
+    terminal         all of it on the last token
+    uniform          the same on each token
+    abc              by the reward model's attention (Chan et al. 2024, arXiv 2402.00782)
+    abc-d            by the policy's own attention while it wrote
+    prefix-diff      what each token changed in the reward model's score of the text so far; signed, causal
+    grad-x-input     gradient times input embedding of the reward model; signed
+    value-attention  what the reward model's last attention block brought from each token into the score; signed
+    span             as the reward function says, with a number for each token or for spans of bytes
+
+The weights of a sum are normalised by it. Signed attributions never are, their sum may be nothing: what they leave of
+the score is added to them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .data import Batch
-from .model import head_scores, hidden_states, last_attended
+from .attention import LAST_LAYER, REDUCTIONS, AttentionChoice, policy_attention
+from .attribution import Attribution, attention, grad_x_input, prefix_differences, value_attention
+from .config import UserError
+from .reading import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KINDS = ("terminal", "abc", "abc-policy", "uniform")
+    from .rollout import Rollout
+
+KINDS = ("terminal", "uniform", "abc", "abc-d", "prefix-diff", "grad-x-input", "value-attention", "span")
+OF_REWARD_MODEL = ("abc", "prefix-diff", "grad-x-input", "value-attention")
+QUERIES = ("pooled", "response")
+
+__all__ = ["KINDS", "OF_REWARD_MODEL", "QUERIES", "REDUCTIONS", "AttentionChoice", "Shaping"]
 
 
-@dataclass
-class LastLayer:
-    """What one forward pass of a model left of its last attention layer: query [B, Hq, L, D], key [B, Hkv, L, D]."""
+@dataclass(frozen=True)
+class Shaping:
+    """How scores are spread.
 
-    index: int
-    query: Tensor | None = None
-    key: Tensor | None = None
-    layer_mask: Tensor | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    window: int | None = None
-    sink: Tensor | None = None
-
-    def keep(self, query: Tensor, key: Tensor, layer_mask: Tensor | None, options: dict[str, Any]) -> None:
-        if options.get("position_bias") is not None:
-            raise ValueError("attention_row: a layer with a position bias is not supported")
-        self.query, self.key, self.layer_mask = query.detach(), key.detach(), layer_mask
-        self.scale = options.get("scaling")
-        self.softcap = options.get("softcap")
-        self.window = options.get("sliding_window")
-        self.sink = None if options.get("s_aux") is None else options["s_aux"].detach()
-
-    def row(self, index: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L] fp32: the attention of position index[b] over all keys up to it, mean over heads."""
-        if self.query is None or self.key is None:
-            raise ValueError(
-                "attention_row: the model's last layer did not go through transformers' AttentionInterface"
-            )
-        rows = torch.arange(len(index), device=index.device)
-        columns = torch.arange(attention_mask.shape[1], device=index.device)
-        key_mask = attention_mask & (columns <= index[:, None])
-        if self.layer_mask is not None:
-            # The layer's own mask also knows what no option tells, such as chunks: True, or 0 where it is additive.
-            allowed = self.layer_mask.expand(len(index), -1, -1, -1)[rows, 0, index]
-            key_mask = key_mask & (allowed if allowed.dtype == torch.bool else allowed == 0)
-        return rk.attention_row(
-            self.query[rows, :, index],
-            self.key,
-            key_mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            window=self.window,
-            sink=self.sink,
-        )
-
-
-_listening: ContextVar[LastLayer | None] = ContextVar("rlhf_last_layer", default=None)
-
-
-def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    _keep(module, query, key, attention_mask, options)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-
-def _eager(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> Any:
-    _keep(module, query, key, attention_mask, options)
-    forward = sys.modules[type(module).__module__].eager_attention_forward
-    return forward(module, query, key, value, attention_mask, **options)
-
-
-def _keep(module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
-    layer = _listening.get()
-    if layer is not None and module.layer_idx == layer.index:
-        layer.keep(query, key, attention_mask, options)
-
-
-@contextmanager
-def last_layer(model: PreTrainedModel) -> Iterator[LastLayer]:
-    """Keeps query and key of the last attention layer of the forward pass made inside; may be nested.
-
-    The model's attention implementation is set back on leaving, also after an error.
+    kind: one of KINDS. beta: share that is spread; the rest stays on the last token. gamma: see `shaped_scores`.
+    attention: whose attention counts, for abc, abc-d and value-attention. query: the token whose attention it is, for
+    abc; "pooled", where the score is read, or "response", the last of the response. shift: abc-d's, see
+    `policy_attention`. smoothing: prefix-diff's, see `prefix_differences`. scale: bound of a signed attribution, see
+    `complete`.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    AttentionInterface.register("rlhf_row_sdpa", _sdpa)
-    AttentionInterface.register("rlhf_row_eager", _eager)
-    AttentionMaskInterface.register("rlhf_row_sdpa", sdpa_mask)
-    AttentionMaskInterface.register("rlhf_row_eager", eager_mask)
-    before = model.config._attn_implementation
-    layer = LastLayer(index=model.config.get_text_config().num_hidden_layers - 1)
-    token = _listening.set(layer)
-    try:
-        if not before.startswith("rlhf_row_"):
-            model.set_attn_implementation("rlhf_row_eager" if before == "eager" else "rlhf_row_sdpa")
-        yield layer
-    finally:
-        model.set_attn_implementation(before)
-        _listening.reset(token)
+    kind: str = "terminal"
+    beta: float = 1.0
+    gamma: float = 1.0
+    attention: AttentionChoice = LAST_LAYER
+    query: str = "pooled"
+    shift: int = 0
+    smoothing: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"reward_shaping must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind == "value-attention" and self.attention.layers != (-1,):
+            raise UserError("attention_layers must be -1 for value-attention: earlier layers do not reach the score")
 
 
-@torch.no_grad()
-def last_attention_row(
-    model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, *, micro_batch: int | None = None
+def spread(scores: Tensor, weights: Tensor | None, mask: Tensor) -> Tensor:
+    """credit [B, T] of scores [B] by non-negative weights [B, T], all of it on the last token where they are None.
+
+    Uniform where the weights of a response are nothing.
+    """
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return rk.token_rewards(scores, zeros, zeros, weights, mask, kl_coef=0.0, beta=1.0)[0]
+
+
+def complete(attribution: Tensor, scores: Tensor, weights: Tensor | None, mask: Tensor, scale: float = 1.0) -> Tensor:
+    """credit [B, T] of signed attributions [B, T], made to sum to the scores by addition.
+
+        c_t = s·a_t + (R − s·Σa)·u_t,      s = min(1, scale·|R| / Σ|a|)
+
+    u are the weights, normalised; uniform where they are None.
+    """
+    attribution = torch.where(mask, attribution, 0)
+    bound = scale * scores.abs() / (attribution.abs().sum(1) + 1e-8)
+    scaled = bound.clamp(max=1)[:, None] * attribution
+    return scaled + spread(scores - scaled.sum(1), mask.float() if weights is None else weights, mask)
+
+
+def reward_model_credit(
+    model: PreTrainedModel, reading: Reading, shaping: Shaping, *, micro_batch: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A reward model's scores and the attention that its last layer paid from the place where they are read.
+    """(scores [B] fp32, credit [B, T] fp32) of a rollout's texts, for the kinds OF_REWARD_MODEL; one forward pass."""
+    found = [_reward_model_credit(model, part, shaping) for part in reading.split(micro_batch)]
+    return torch.cat([scores for scores, _ in found]), torch.cat([credit for _, credit in found])
+
+
+def _reward_model_credit(model: PreTrainedModel, reading: Reading, shaping: Shaping) -> tuple[Tensor, Tensor]:
+    attributions: dict[str, Callable[[], Attribution]] = {
+        "abc": lambda: attention(model, reading, shaping.attention, from_response=shaping.query == "response"),
+        "prefix-diff": lambda: prefix_differences(model, reading, shaping.smoothing),
+        "grad-x-input": lambda: grad_x_input(model, reading),
+        "value-attention": lambda: value_attention(model, reading, shaping.attention),
+    }
+    found = attributions[shaping.kind]()
+    # A difference belongs to the response as a whole, where an attribution has a part in the prompt.
+    tokens = reading.carry(found.tokens, whole=shaping.kind == "prefix-diff")
+    if shaping.kind == "abc":
+        return found.scores, spread(found.scores, tokens, reading.mask)
+    if shaping.kind == "prefix-diff":
+        return found.scores, tokens
+    weights = None if found.weights is None else reading.carry(found.weights)
+    return found.scores, complete(tokens, found.scores, weights, reading.mask, shaping.scale)
+
+
+def token_scores(
+    shaping: Shaping,
+    rollout: Rollout,
+    scores: Tensor,
+    credit: Tensor | None,
+    policy: PreTrainedModel,
+    *,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """[B, T] fp32: what each token of a rollout earns of its score; rows sum to the scores.
 
     Args:
-        tokens: [B, L] int64, padded on either side. attention_mask: [B, L] bool.
-        micro_batch: rows at a time, None for all.
-
-    Returns:
-        scores [B] fp32, normalised, as `scores` gives them, and row [B, L] fp32: the probabilities of the last attended
-        token over all tokens, mean over the heads of the last layer. One forward pass gives both.
+        credit: [B, T], what the reward model's attribution or a reward function gives each token; None where neither
+            says anything. A function's own numbers count as they are, β is for what is spread.
+        policy: whose attention abc-d reads.
     """
-    size = micro_batch or max(1, len(tokens))
-    results = []
-    for part, mask in zip(tokens.split(size), attention_mask.bool().split(size)):
-        last = last_attended(mask)
-        with last_layer(model) as layer:
-            hidden = hidden_states(model, part, mask)
-        pooled = hidden[torch.arange(len(part), device=part.device), last]
-        results.append((head_scores(model, pooled), layer.row(last, mask)))
-    return torch.cat([score for score, _ in results]), torch.cat([row for _, row in results])
+    mask = rollout.batch.mask
+    if shaping.kind == "span" or (shaping.kind == "terminal" and credit is not None):
+        if credit is None:
+            raise UserError("reward_shaping span needs a reward function that scores tokens or spans, got one score")
+        return torch.where(mask, credit, 0)
+    if shaping.kind == "terminal":
+        return spread(scores, None, mask)
+    if shaping.kind == "uniform":
+        credit = spread(scores, mask.float(), mask)
+    elif shaping.kind == "abc-d":
+        weights = policy_attention(
+            policy, rollout.batch, shaping.attention, shift=shaping.shift, micro_batch=micro_batch
+        )
+        credit = spread(scores, weights, mask)
+    assert credit is not None  # whoever scores for one of OF_REWARD_MODEL has made it
+    return shaped_scores(credit, mask, beta=shaping.beta, gamma=shaping.gamma)
 
 
-@torch.no_grad()
-def policy_attention(model: PreTrainedModel, batch: Batch, *, micro_batch: int | None = None) -> Tensor:
-    """[B, T] fp32: the attention that a policy's last layer paid to each response token while it wrote on.
+def shaped_scores(credit: Tensor, mask: Tensor, *, beta: float, gamma: float = 1.0) -> Tensor:
+    """[B, T]: what each token earns when a share `beta` of the score is spread as `credit` [B, T] says.
 
-    For response token t the mean over the later steps of the same response, s = t+1 … n−1, of the attention from the
-    position that predicts token s. The last token is seen by no step and gets 0.
+        r_t = γ·Φ_{t+1} − Φ_t + R·1[t = last],      Φ_{t+1} = β·Σ_{i ≤ t} credit_i,   Φ = 0 at both ends
+
+    With γ = 1 that is β·credit_t and (1 − β)·R on the last token more. With the γ of the returns it is the exact
+    potential form (Ng, Harada and Russell 1999): every response keeps its discounted return, whatever the credit.
     """
-    return torch.cat([_policy_attention(model, part) for part in batch.split(micro_batch)])
-
-
-def _policy_attention(model: PreTrainedModel, batch: Batch) -> Tensor:
-    with last_layer(model) as layer:
-        hidden_states(model, batch.tokens, batch.attention_mask)
-    length = batch.mask.shape[1]
-    total = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    for step in range(1, length):
-        index = torch.full((len(batch),), batch.prompt_width + step - 1, device=batch.mask.device)
-        row = layer.row(index, batch.attention_mask)[:, batch.prompt_width :]
-        total += torch.where(batch.mask[:, step, None], row, 0)
-    lengths = batch.mask.sum(1, keepdim=True)
-    seen_by = (lengths - 1 - torch.arange(length, device=batch.mask.device)).clamp(min=1)
-    return torch.where(batch.mask, total / seen_by, 0)
-
-
-def credit_weights(
-    kind: str, batch: Batch, *, attention_row: Tensor | None = None, policy: PreTrainedModel | None = None
-) -> Tensor | None:
-    """The `attention` [B, T] that `rk.token_rewards` spreads a score by; None for all of it on the last token.
-
-    Args:
-        kind: "terminal"; "abc", the reward model's attention; "abc-policy", the policy's own; "uniform".
-        attention_row: [B, P+T], what `last_attention_row` gave for this batch; needed by "abc".
-        policy: needed by "abc-policy".
-    """
-    if kind == "terminal":
-        return None
-    if kind == "uniform":
-        return batch.mask.float()
-    if kind == "abc" and attention_row is not None:
-        return attention_row[:, batch.prompt_width :]
-    if kind == "abc-policy" and policy is not None:
-        return policy_attention(policy, batch)
-    if kind in KINDS:
-        needed = "attention_row" if kind == "abc" else "policy"
-        raise ValueError(f"credit_weights: {needed} must be given for kind {kind!r}, got None")
-    raise ValueError(f"credit_weights: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    credit = torch.where(mask, credit, 0)
+    places = mask.cumsum(1)
+    last = mask & (places == places[:, -1:])
+    after = beta * credit.cumsum(1)
+    before = after - beta * credit
+    total = credit.sum(1, keepdim=True)
+    return torch.where(mask, torch.where(last, total, gamma * after) - before, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .candidates import Candidates, draw_candidates, own_source, provided_candidates
-from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Batch, Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
 from .guard import Guard, Values, check_finite
@@ -37,6 +37,7 @@ class DpoConfig(CommonConfig):
     ref: str | None = option(None, "reference policy; --init unless given")
     rm: str | None = option(None, "reward model that scores the samples of --pairs sampled, and the evaluations")
     reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", '"reviews", a folder or a file: gives the rankings, the prompts and the gold judge')
     pairs: str = option("data", "the data's rankings, or samples of --init scored by --rm", choices=("data", "sampled"))
     pairing: str = option(
@@ -229,7 +230,7 @@ def main(config: DpoConfig) -> Path:
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(config.init, **where)
     ref = load_policy(config.ref or config.init, **where)[0]
-    reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
+    reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     checkpoint = run.load_checkpoint()

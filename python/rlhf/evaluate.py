@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import REWARD_FN, UserError, check_options, check_scorer, option
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, UserError, check_options, check_scorer, option
 from .data import Gold, Task, load_task
 from .files import plain, write_atomically
 from .model import load_policy, load_reward_model, response_logits
@@ -32,6 +32,7 @@ class EvaluateConfig:
     ref: str | None = option(None, "start model for the KL; the run's own --init unless given")
     rm: str | None = option(None, "reward model for the proxy reward; the run's own --rm or --reward-fn unless given")
     reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", '"reviews", a folder or a file: gives the held-out prompts and the gold judge')
     against: str | None = option(None, "another run folder (or model): print the win rate over it")
     out: str | None = option(None, "file to write; <run>/evaluation.json unless given")
@@ -233,8 +234,9 @@ def main(config: EvaluateConfig) -> Path:
     policy, tokenizer = load_policy(config.run, device=device, dtype=config.dtype)
     ref = config.ref or own.get("init")
     if config.rm is None and config.reward_fn is None:
-        config = replace(config, rm=own.get("rm"), reward_fn=own.get("reward_fn"))
-    reward_model = load_reward_model(config.rm, device=device, dtype=config.dtype)[0] if config.rm else None
+        template = own.get("rm_chat_template", False)
+        config = replace(config, rm=own.get("rm"), reward_fn=own.get("reward_fn"), rm_chat_template=template)
+    reward_model = load_reward_model(config.rm, device=device, dtype=config.dtype) if config.rm else None
     judges = Judges(
         ref=None if ref is None else load_policy(ref, device=device, dtype=config.dtype)[0],
         scorer=scorer_of(config, reward_model, tokenizer, task),
@@ -250,6 +252,7 @@ def main(config: EvaluateConfig) -> Path:
     result = measure(policy, tokenizer, judges, prompts, **settings)
     if config.against:
         other, other_tokenizer = load_policy(config.against, device=device, dtype=config.dtype)
+        judges.scorer = scorer_of(config, reward_model, other_tokenizer, task)
         theirs = measure(other, other_tokenizer, judges, prompts, **settings)
         judges_there = [name for name in ("gold", "proxy") if name in result]
         result["against"] = {

@@ -11,14 +11,15 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .config import UserError
-from .credit import credit_weights, last_attention_row
+from .credit import OF_REWARD_MODEL, token_scores
 from .data import Batch
 from .guard import check_finite
-from .model import response_logprobs, scores, values
+from .model import response_logprobs, values
 from .ppo_config import PpoConfig
+from .returns import total_return
 from .rollout import Rollout
 from .run import Run
-from .scorer import Scorer
+from .scorer import RewardModelScorer, Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Models:
-    """policy and value train; ref and reward_model are constants. All share one tokenizer.
+    """policy, which the tokenizer belongs to, and value train; ref and reward_model are constants.
 
-    scorer: what scores instead of the reward model, which is then None.
+    scorer: what scores, the reward model or a function; reward_model is then None.
     """
 
     policy: PreTrainedModel
@@ -36,7 +37,7 @@ class Models:
     ref: PreTrainedModel
     reward_model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
-    scorer: Scorer | None = None
+    scorer: Scorer
 
 
 @dataclass
@@ -63,12 +64,10 @@ def make_experience(models: Models, rollout: Rollout, config: PpoConfig, kl_coef
     """Score a rollout and turn the scores into advantages. Raises NonFinite where one of them is NaN or infinite."""
     batch, size = rollout.batch, config.micro_batch
     with run.timer("score"):
-        reward, attention, credit = score_rollout(models, rollout, config)
-    if models.scorer is not None:  # it may leave responses unscored, which then count nowhere
+        reward, earned = score_rollout(models, rollout, config)
+    if reward.isnan().any():  # a response that cannot be scored counts nowhere
         rollout = replace(rollout, batch=replace(batch, mask=batch.mask & ~reward.isnan()[:, None]))
         batch = rollout.batch
-    else:
-        check_finite(reward=reward)
     with run.timer("logprobs"):
         old_logprobs, entropy = response_logprobs(
             models.policy, batch, config.temperature, entropy=True, micro_batch=size
@@ -77,71 +76,56 @@ def make_experience(models: Models, rollout: Rollout, config: PpoConfig, kl_coef
     with run.timer("values"):
         old_values = torch.cat([values(models.value, part) for part in batch.split(size)])
     with run.timer("advantages"):
-        if credit is None:
-            advantages, returns, rewards, kl = rk.rollout_advantages(
-                reward,
-                old_logprobs,
-                ref_logprobs,
-                attention,
-                old_values,
-                batch.mask,
-                kl_coef=kl_coef,
-                beta=config.beta,
-                gamma=config.gamma,
-                lam=config.lam,
-                kl_estimator=config.kl_estimator,
-                whiten=config.whiten_advantages,
-            )
-        else:
-            penalty, kl = rk.token_rewards(
-                torch.zeros_like(reward),
-                old_logprobs,
-                ref_logprobs,
-                None,
-                batch.mask,
-                kl_coef=kl_coef,
-                beta=0.0,
-                kl_estimator=config.kl_estimator,
-            )
-            rewards = torch.where(batch.mask, credit + penalty, 0)
-            advantages, returns = rk.gae(rewards, old_values, batch.mask, gamma=config.gamma, lam=config.lam)
-            if config.whiten_advantages:
-                advantages = rk.masked_whiten(advantages, batch.mask)
+        advantages, returns, rewards, kl = estimate(
+            earned, old_logprobs, ref_logprobs, old_values, batch.mask, config, kl_coef
+        )
     check_finite(log_probability=old_logprobs, advantage=advantages)
     return Experience(rollout, reward, old_logprobs, old_values, entropy, advantages, returns, rewards, kl)
 
 
-def score_rollout(models: Models, rollout: Rollout, config: PpoConfig) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(scores [B] with the missing-EOS penalty, attention [B, T] that spreads them or None, credit [B, T] or None).
-
-    Credit is what each token has of its score, where the scorer itself says so.
-    """
-    batch, row, credit = rollout.batch, None, None
-    if models.scorer is not None:
-        scored = models.scorer(rollout)
-        score, credit = scored.scores, scored.credit
-        if credit is not None and config.reward_shaping != "terminal":
-            raise UserError(
-                f"reward_fn says what each token is worth: reward_shaping must be terminal, got {config.reward_shaping}"
-            )
-    elif models.reward_model is None:
-        raise ValueError("score_rollout: models must have a reward model or a scorer, got neither")
-    elif config.reward_shaping == "abc":
-        score, row = last_attention_row(
-            models.reward_model, batch.tokens, batch.attention_mask, micro_batch=config.micro_batch
-        )
+def score_rollout(models: Models, rollout: Rollout, config: PpoConfig) -> tuple[Tensor, Tensor]:
+    """(scores [B] with the missing-EOS penalty, what each token earns of them [B, T]); NaN where there is no score."""
+    shaping, mask = config.shaping(), rollout.batch.mask
+    if shaping.kind in OF_REWARD_MODEL:
+        if not isinstance(models.scorer, RewardModelScorer):
+            raise UserError(f"reward_shaping {shaping.kind} is what the reward model says, so it needs rm")
+        scored = models.scorer.with_credit(rollout, shaping)
     else:
-        score = scores(models.reward_model, batch.tokens, batch.attention_mask, micro_batch=config.micro_batch)
-    attention = credit_weights(config.reward_shaping, batch, attention_row=row, policy=models.policy)
-    if config.missing_eos_penalty:
-        score = torch.where(rollout.terminated, score, score - config.missing_eos_penalty)
-        # A penalty belongs to the token that was not an EOS, so a cut-off response keeps its score in one place.
-        last = batch.mask & (batch.mask.cumsum(1) == batch.mask.sum(1, keepdim=True))
-        if attention is not None:
-            attention = torch.where(rollout.terminated[:, None], attention, last.to(attention.dtype))
-        if credit is not None:
-            credit = torch.where(rollout.terminated[:, None] | ~last, credit, credit - config.missing_eos_penalty)
-    return score, attention, credit
+        scored = models.scorer(rollout)
+    earned = token_scores(shaping, rollout, scored.scores, scored.credit, models.policy, micro_batch=config.micro_batch)
+    # The penalty belongs to the token that was not an EOS, so it is not spread.
+    penalty = torch.where(rollout.terminated, 0.0, config.missing_eos_penalty)
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return scored.scores - penalty, torch.where(last, earned - penalty[:, None], earned)
+
+
+def estimate(
+    earned: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    old_values: Tensor,
+    mask: Tensor,
+    config: PpoConfig,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(advantages, returns, rewards, kl), each [B, T], from what each token earns."""
+    penalty: dict[str, Any] = {"kl_coef": kl_coef, "beta": config.beta, "kl_estimator": config.kl_estimator}
+    if config.estimator == "gae":
+        return rk.rollout_advantages(
+            earned,
+            logprobs,
+            ref_logprobs,
+            None,
+            old_values,
+            mask,
+            **penalty,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten=config.whiten_advantages,
+        )
+    rewards, kl = rk.token_rewards(earned, logprobs, ref_logprobs, None, mask, **penalty)
+    advantages, returns = total_return(rewards, old_values, mask, config.gamma)
+    return rk.masked_whiten(advantages, mask) if config.whiten_advantages else advantages, returns, rewards, kl
 
 
 def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:

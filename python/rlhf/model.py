@@ -78,7 +78,7 @@ def load_reward_model(
     """A model with one score for a text, and its tokenizer, without dropout, in eval mode.
 
     `name` is as in `load_policy`. From a causal language model only the trunk is taken; a head that is not in the
-    folder is new: N(0, 1/√(d+1)) with bias 0. `config.score_mean` and `config.score_std` (0 and 1 for a new head)
+    folder is new: N(0, 1/√(d+1)) with bias 0. `config.score_mean` and `config.score_std` (0 and 1 where there are none)
     normalise what `scores` returns.
     """
     from transformers import AutoModelForSequenceClassification
@@ -100,10 +100,12 @@ def load_reward_model(
             )
         missing = info["missing_keys"]
     head = score_head(model)
-    if any(key.endswith("score.weight") for key in missing):
+    new = any(key.endswith("score.weight") for key in missing)
+    if new:
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
         if head.bias is not None:
             nn.init.zeros_(head.bias)
+    if new or not hasattr(model.config, "score_mean"):  # a head that was trained elsewhere keeps its scale
         model.config.score_mean, model.config.score_std = 0.0, 1.0
     model.config.pad_token_id = tokenizer.pad_token_id
     return _ready(model, device), tokenizer

@@ -65,3 +65,42 @@ def _decoded_lengths(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> 
         lengths.append(size(window) - own)
         window, own = [i], size([i])
     return lengths
+
+
+def text_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and (start, end) of each in its UTF-8 bytes, one after the other.
+
+    What a tokenizer drops, such as the space before a word, belongs to the token after it; what it adds (BOS) has no
+    length. Bytes of a character that several tokens share go to them in turn. special_tokens: let it add its own.
+    """
+    coded = tokenizer(
+        text, add_special_tokens=special_tokens, return_offsets_mapping=True, return_special_tokens_mask=True
+    )
+    ids, tokens = coded["input_ids"], tokenizer.convert_ids_to_tokens(coded["input_ids"])
+    starts = list(itertools.accumulate((len(each.encode()) for each in text), initial=0))
+    ends: list[int] = []
+    last = 0
+    shared: list[int] = []  # places of the tokens since a character's start, and the character's first byte
+    first = 0
+    for place, ((start, end), added) in enumerate(zip(coded["offset_mapping"], coded["special_tokens_mask"])):
+        if added and start == end:
+            ends.append(last)
+            continue
+        begin, stop = starts[start], max(starts[end], last)
+        if not shared or begin >= last:  # a new character
+            shared, first = [], last
+        shared.append(place)
+        ends.append(stop)
+        last = stop
+        if len(shared) > 1:
+            _share(ends, shared, first, stop, tokens)
+    return ids, list(zip([0, *ends], ends))
+
+
+def _share(ends: list[int], places: list[int], first: int, stop: int, tokens: Sequence[str]) -> None:
+    """Divide the bytes from `first` to `stop` among tokens by the bytes that the vocabulary writes each with."""
+    sizes = list(itertools.accumulate(1 if BYTE_TOKEN.fullmatch(tokens[i]) else len(tokens[i]) for i in places))
+    for place, size in zip(places, sizes):
+        ends[place] = first + (stop - first) * size // sizes[-1]

@@ -6,9 +6,10 @@ and advantages (`experience.py`) → epochs of minibatches (`ppo_update.py`) →
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +22,14 @@ from .kl_control import adapt_kl_coef, check_kl
 from .model import load_policy, load_reward_model, zero_head
 from .ppo_config import PpoConfig
 from .ppo_update import update, update_metrics
+from .reading import same_tokens
 from .rollout import generate
 from .run import Checkpoint, Run, resolve_device, seed_everything
 from .schedule import schedule
 from .scorer import scorer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def main(config: PpoConfig) -> Path:
@@ -34,11 +39,8 @@ def main(config: PpoConfig) -> Path:
     task = load_task(config.data, config.seed)
     response_length = config.response_length or task.response_length
     checkpoint = run.load_checkpoint()
-    models, optimizer = prepare(config, checkpoint)
-    scorer = scorer_of(config, models.reward_model, models.tokenizer, task)
-    if config.reward_fn is not None:
-        models.scorer = scorer
-    evaluator = Evaluator.of(config, task, Judges(models.ref, scorer, task.gold))
+    models, optimizer = prepare(config, checkpoint, task)
+    evaluator = Evaluator.of(config, task, Judges(models.ref, models.scorer, task.gold))
 
     kl = Values(coef=config.kl_coef)
     with Guard(
@@ -90,23 +92,21 @@ def main(config: PpoConfig) -> Path:
     return run.finish({"kl_coef": kl["coef"], "steps": config.steps})
 
 
-def prepare(config: PpoConfig, checkpoint: Checkpoint | None) -> tuple[Models, torch.optim.Optimizer]:
+def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tuple[Models, torch.optim.Optimizer]:
     """Models, fresh or as the checkpoint left them, and a fresh optimiser."""
     device = resolve_device(config.device)
     folder = checkpoint.folder if checkpoint else None
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
-    reward_model, rm_tokenizer = load_reward_model(config.rm, **where) if config.rm else (None, tokenizer)
-    if rm_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"policy {config.init} and reward model {config.rm} must share a tokenizer: the reward model scores the "
-            f"policy's tokens (rlhf_kernels.align_credit carries credit between tokenizers)"
-        )
+    loaded = load_reward_model(config.rm, **where) if config.rm else None
+    scorer = scorer_of(config, loaded, tokenizer, task)
+    assert scorer is not None  # the config has seen to it
+    reward_model = loaded[0] if loaded else None
     if folder:
         value, _ = load_reward_model(str(folder / "value"), **where)
     else:
-        value, _ = load_reward_model(config.rm if config.rm and config.value_init == "rm" else config.init, **where)
+        value, _ = load_reward_model(value_start(config, loaded and loaded[1], tokenizer), **where)
         zero_head(value)
         value.config.score_mean, value.config.score_std = 0.0, 1.0
     ref.requires_grad_(False)
@@ -121,7 +121,23 @@ def prepare(config: PpoConfig, checkpoint: Checkpoint | None) -> tuple[Models, t
         eps=config.adam_eps,
         weight_decay=0.0,
     )
-    return Models(policy, value, ref, reward_model, tokenizer), optimizer
+    return Models(policy, value, ref, reward_model, tokenizer, scorer), optimizer
+
+
+def value_start(
+    config: PpoConfig, rm_tokenizer: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The model that the value model starts from; it reads the policy's tokens, so it must be of its tokenizer."""
+    if config.value_init == "init" or config.rm is None or rm_tokenizer is None:
+        return config.init
+    if same_tokens(rm_tokenizer, tokenizer):
+        return config.rm
+    print(
+        f"ppo: the value model starts from {config.init}: {config.rm} has another tokenizer than the policy",
+        file=sys.stderr,
+        flush=True,
+    )
+    return config.init
 
 
 def step_prompts(task: Task, config: PpoConfig, step: int) -> list[str]:

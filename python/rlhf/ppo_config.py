@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
-from .credit import KINDS
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
+from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
+from .returns import ESTIMATORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,7 @@ class PpoConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model: run folder, model folder or hub name")
     reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     steps: int = option(25, "rollouts, each followed by its updates", low=1)
@@ -30,6 +32,29 @@ class PpoConfig(CommonConfig):
     max_grad_norm: float = option(1.0, "gradient norm at which each model's gradient is clipped", above=0)
     reward_shaping: str = option("terminal", "how the score is spread over the tokens", choices=KINDS)
     beta: float = option(0.8, "share of the score that is spread; the rest stays on the last token", low=0, high=1)
+    attention_layers: tuple[int, ...] = option(
+        (-1,), "layers whose attention counts, averaged, for abc and abc-d; negative ones from the end"
+    )
+    attention_heads: tuple[int, ...] = option((), "heads that count for abc, abc-d, value-attention; all unless given")
+    head_reduction: str = option(
+        "mean", "one row of several heads; renorm normalises each over the response first", choices=REDUCTIONS
+    )
+    attention_query: str = option(
+        "pooled", "abc: token whose attention counts, where the score is read or the response's last", choices=QUERIES
+    )
+    abc_d_shift: int = option(0, "abc-d: tokens by which the credit moves; the published code has 1", choices=(0, 1))
+    prefix_smoothing: float = option(
+        0.0, "prefix-diff: weight of the past in a moving average of the prefix scores", low=0, below=1
+    )
+    attribution_scale: float = option(
+        1.0, "grad-x-input, value-attention: bound of their absolute sum, in absolute scores", low=0
+    )
+    exact_potential: bool = option(
+        False, "spread the score as a potential with the discount gamma, which keeps every discounted return"
+    )
+    estimator: str = option(
+        "gae", "of advantages; total_return gives each token the whole response's reward", choices=ESTIMATORS
+    )
     missing_eos_penalty: float = option(
         1.0, "subtracted from the score of a response that was cut off; not spread", low=0
     )
@@ -49,7 +74,9 @@ class PpoConfig(CommonConfig):
     lam: float = option(0.95, "λ of GAE", low=0, high=1)
     whiten_advantages: bool = option(True, "whiten the advantages over the rollout")
     value_init: str = option(
-        "rm", "weights the value model starts from (init's without --rm); its head starts at 0", choices=("rm", "init")
+        "rm",
+        "weights the value model starts from (init's without an --rm of the policy's tokenizer); its head is new",
+        choices=("rm", "init"),
     )
     eval_every: int = option(
         5, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
@@ -60,9 +87,26 @@ class PpoConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scorer(self)
-        if self.reward_fn is not None and self.reward_shaping == "abc":
-            raise UserError("reward_shaping abc is the reward model's attention, so it needs rm; got reward_fn")
+        if self.reward_fn is not None and self.reward_shaping in OF_REWARD_MODEL:
+            raise UserError(
+                f"reward_shaping {self.reward_shaping} is what the reward model says, so it needs rm; got reward_fn"
+            )
+        if self.reward_fn is None and self.reward_shaping == "span":
+            raise UserError("reward_shaping span is what a reward function says, so it needs reward_fn; got rm")
+        self.shaping()
         if self.batch_size % self.num_mini_batches:
             raise UserError(
                 f"batch_size must be a multiple of num_mini_batches {self.num_mini_batches}, got {self.batch_size}"
             )
+
+    def shaping(self) -> Shaping:
+        return Shaping(
+            kind=self.reward_shaping,
+            beta=self.beta,
+            gamma=self.gamma if self.exact_potential else 1.0,
+            attention=AttentionChoice(self.attention_layers, self.attention_heads, self.head_reduction),
+            query=self.attention_query,
+            shift=self.abc_d_shift,
+            smoothing=self.prefix_smoothing,
+            scale=self.attribution_scale,
+        )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, mean_score, own_source
-from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Batch, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
 from .guard import Guard, Values, check_finite
@@ -39,6 +39,7 @@ class RftConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model: run folder, model folder or hub name")
     reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     rounds: int = option(3, "times that responses are sampled anew from the policy", low=1)
@@ -165,7 +166,7 @@ def main(config: RftConfig) -> Path:
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
-    reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
+    reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))

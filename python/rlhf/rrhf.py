@@ -33,7 +33,7 @@ from .candidates import (
     score_candidates,
     source_metrics,
 )
-from .config import REWARD_FN, CommonConfig, UserError, check_scorer, option
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Task, epoch_order, load_task
 from .evaluate import Evaluator, Judges
 from .guard import Guard, Values, check_finite
@@ -51,6 +51,7 @@ class RrhfConfig(CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model that scores the candidates; --candidates alone can do without")
     reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
     candidates: str | None = option(
@@ -350,7 +351,7 @@ def main(config: RrhfConfig) -> Path:
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
     ref, _ = load_policy(config.ref or config.init, **where)
-    reward_model = load_reward_model(config.rm, **where)[0] if config.rm else None
+    reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     provided = provided_of(config, task, tokenizer)

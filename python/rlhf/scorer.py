@@ -17,10 +17,12 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .config import UserError
+from .credit import Shaping, reward_model_credit
 from .data import Task
 from .guard import check_finite
 from .model import scores
 from .offsets import byte_spans
+from .reading import Reader, Retokenizer, read_same, same_tokens
 from .rollout import Rollout
 
 if TYPE_CHECKING:
@@ -43,17 +45,25 @@ Scorer = Callable[[Rollout], Scores]
 
 @dataclass(frozen=True)
 class RewardModelScorer:
-    """The scores of a reward model that reads the policy's tokens."""
+    """The scores of a reward model. read: what it reads of a rollout, the policy's tokens or its own tokenizer's."""
 
     model: PreTrainedModel
     micro_batch: int | None = None
+    read: Reader = read_same
 
     def __call__(self, rollout: Rollout) -> Scores:
-        batch = rollout.batch.to(self.model.device)
+        reading = self.read(rollout).to(self.model.device)
         with torch.no_grad():
-            found = scores(self.model, batch.tokens, batch.attention_mask, micro_batch=self.micro_batch)
+            found = scores(self.model, reading.tokens, reading.attention_mask, micro_batch=self.micro_batch)
         check_finite(reward=found)
         return Scores(found)
+
+    def with_credit(self, rollout: Rollout, shaping: Shaping) -> Scores:
+        """The scores with the credit that the model itself gives, by one of the kinds OF_REWARD_MODEL."""
+        reading = self.read(rollout).to(self.model.device)
+        found, credit = reward_model_credit(self.model, reading, shaping, micro_batch=self.micro_batch)
+        check_finite(reward=found, credit=credit)
+        return Scores(found, credit)
 
 
 @dataclass(frozen=True)
@@ -195,13 +205,25 @@ def _as_list(value: Any) -> list[Any] | None:
 
 
 def scorer_of(
-    config: Any, reward_model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, task: Task
+    config: Any,
+    reward_model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
 ) -> Scorer | None:
-    """What a stage's flags ask for: `reward_fn`, or the reward model that was loaded; None where there is neither."""
+    """What a stage's flags ask for: `reward_fn`, or the reward model; None where there is neither.
+
+    reward_model: what `load_reward_model` gave; its tokenizer need not be `tokenizer`, the policy's.
+    """
     if config.reward_fn is not None:
         function = load_function("--reward-fn", config.reward_fn)
         return FunctionScorer(function, config.reward_fn, tokenizer, task.rows)
-    return None if reward_model is None else RewardModelScorer(reward_model, config.micro_batch)
+    if reward_model is None:
+        return None
+    model, its_tokenizer = reward_model
+    read: Reader = read_same
+    if config.rm_chat_template or not same_tokens(its_tokenizer, tokenizer):
+        read = Retokenizer(its_tokenizer, tokenizer, config.rm_chat_template)
+    return RewardModelScorer(model, config.micro_batch, read)
 
 
 def load_function(flag: str, reference: str) -> Callable[..., Any]:
