@@ -20,12 +20,13 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return _masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """(x − μ) · rsqrt(σ² + 1e-8) over the True places, with the biased variance; 0 at the others.
+def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
+    """(x − μ) · rsqrt(σ² + 1e-8) over the n True places; 0 at the others.
 
     Args:
         x: float, any shape. mask: bool, the shape of x.
         shift_mean: False adds μ back, which rescales x without moving its mean.
+        unbiased: σ² is the sum of squares over n − 1 rather than over n.
 
     Returns:
         the shape of x, fp32 (fp64 for fp64 x). A single True place gives 0 (μ with shift_mean=False), none gives 0.
@@ -38,7 +39,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
     mean = _masked_sum(x, mask) / count
     centered = torch.where(mask, x - mean, 0)
     # Two passes: E[x²] − E[x]² cancels in fp32.
-    variance = centered.square().sum() / count
+    variance = centered.square().sum() / ((count - 1).clamp(min=1) if unbiased else count)
     whitened = centered * torch.rsqrt(variance + 1e-8)
     return whitened if shift_mean else torch.where(mask, whitened + mean, 0)
 

@@ -23,7 +23,8 @@ def parse(line: str, stage: str = "ppo"):
 
 def stages_of(alias: Alias) -> list[str]:
     """The stages whose config has the fields of an alias."""
-    return [name for name in alias.stages or STAGES if set(alias.ours.split()) <= set(FIELDS[name])]
+    needed = {*alias.ours.split(), *alias.also}
+    return [name for name in alias.stages or STAGES if needed <= set(FIELDS[name])]
 
 
 # --- the table ---
@@ -70,6 +71,10 @@ def test_rows_are_unique():
         ("actor_rollout_ref.actor.clip_ratio_low=0.1", {"cliprange": 0.1}),
         ("critic.cliprange_value=0.5 --clip_ratio 0.3", {"cliprange": 0.3, "cliprange_value": 0.5}),
         ("--algo.kl.init_coef=1e-2 --actor.adam.lr 1e-6", {"kl_coef": 0.01, "learning_rate": 1e-6}),
+        ("algorithm.use_kl_in_reward=False", {"kl_in": "none"}),
+        ("algorithm.use_kl_in_reward=False actor_rollout_ref.actor.use_kl_loss=True", {"kl_in": "loss"}),
+        ("actor_rollout_ref.actor.kl_loss_type=low_var_kl+", {"kl_estimator": "k3+", "kl_in": "loss"}),
+        ("--target_kl 0.5 --loss_type dr_grpo", {"early_stop_kl": 0.75, "loss_aggregation": "constant-length"}),
         ("algorithm.kl_penalty=low_var_kl", {"kl_estimator": "k3"}),
         ("--method.lam 1 --method.num_rollouts 64", {"lam": 1.0, "batch_size": 64}),
         ("--delta 4 --bf16 --use_cpu true", {"dual_clip": 4.0, "dtype": "bfloat16", "device": "cpu"}),
@@ -109,7 +114,7 @@ def test_the_stage_decides():
         ),
         ("--rollout-batch-size 8", "rollout_batch_size of OpenRLHF is not taken: it counts prompts;"),
         ("--per_device_train_batch_size 8", "per_device_train_batch_size of transformers is not taken: in TRL"),
-        ("--kl_penalty kl3", "kl_penalty of TRL must be one of kl, k1, abs, mse, k2, low_var_kl, k3, got 'kl3'"),
+        ("--kl_penalty kl3", "kl_penalty of TRL must be one of kl, k1, abs, mse, k2, low_var_kl, k3, full, got"),
         ("--kl_coef 1 --init_kl_coef 2", "init_kl_coef is --kl-coef, which is given twice"),
         ("--epsilon 0.2 --clip_ratio 0.2", "clip_ratio is --cliprange, which is given twice"),
         ("--eps_clip_low_high 0.2", "eps_clip_low_high must have 2 values, got '0.2'"),

@@ -11,7 +11,7 @@ from rlhf import kl_control, ppo, ppo_update
 from rlhf.config import UserError
 from rlhf.data import load_task
 from rlhf.experience import Models, make_experience, rollout_record, score_rollout
-from rlhf.model import load_policy, load_reward_model
+from rlhf.model import load_policy, load_reward_model, response_logits
 from rlhf.rollout import generate
 from rlhf.run import Run
 from rlhf.scorer import RewardModelScorer
@@ -62,11 +62,11 @@ def experience(models, start, tmp_path):
 def test_first_ratio_must_be_one(models, experience, start, tmp_path):
     settings = config(tmp_path, start)
     rows = torch.arange(8)
-    ppo_update.minibatch_backward(models, experience, rows, settings, check_ratio=True)
+    ppo_update.minibatch_backward(models, experience, rows, settings, 0.05, check_ratio=True)
     with torch.no_grad():
         next(models.policy.parameters()).mul_(1.01)
     with pytest.raises(UserError, match="ratio of the first minibatch must be 1 to 1e-05"):
-        ppo_update.minibatch_backward(models, experience, rows, settings, check_ratio=True)
+        ppo_update.minibatch_backward(models, experience, rows, settings, 0.05, check_ratio=True)
 
 
 def test_negative_kl_alarm(tmp_path, start):
@@ -86,10 +86,21 @@ def test_adaptive_kl(tmp_path, start, sequence_kl, expected):
     assert kl_control.adapt_kl_coef(0.2, sequence_kl, dataclasses.replace(settings, kl_control="fixed")) == 0.2
 
 
+def test_adaptive_kl_as_in_the_paper(tmp_path, start):
+    settings = config(tmp_path, start, kl_control="adaptive-paper", kl_target=6.0)
+    assert kl_control.adapt_kl_coef(0.2, 6.6, settings) == pytest.approx(0.2 * 1.01)
+    assert kl_control.adapt_kl_coef(0.2, 100.0, settings) == pytest.approx(0.2 * 1.02)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"batch_size": 9}, "batch_size must be a multiple of num_mini_batches 2, got 9"),
+        (
+            {"kl_estimator": "k3-is"},
+            "kl_estimator in the reward must be one of k1, k2, k3, abs, pos, full, got 'k3-is'",
+        ),
+        ({"kl_estimator": "pos", "kl_in": "loss"}, "kl_estimator in the loss must be one of k1, k2"),
         ({"missing_eos_penalty": -1.0}, "must be at least 0, got -1.0"),
         ({"reward_shaping": "dense"}, "reward_shaping must be one of terminal, uniform, abc, abc-d, .*got 'dense'"),
     ],
@@ -149,7 +160,7 @@ def test_micro_batches_give_the_same_gradient(models, experience, start, tmp_pat
     for size in (None, 3):
         for model in (models.policy, models.value):
             model.zero_grad()
-        stats = ppo_update.minibatch_backward(models, experience, rows, config(tmp_path, start, micro_batch=size))
+        stats = ppo_update.minibatch_backward(models, experience, rows, config(tmp_path, start, micro_batch=size), 0.05)
         gradients.append(
             [p.grad.clone() for m in (models.policy, models.value) for p in m.parameters() if p.grad is not None]
         )
@@ -158,6 +169,71 @@ def test_micro_batches_give_the_same_gradient(models, experience, start, tmp_pat
     for one, three in zip(*gradients):
         torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
+
+
+def gradients(models, experience, settings, kl_coef=0.5):
+    """The gradient of the policy on all rows, as one vector, and the statistics."""
+    models.policy.zero_grad()
+    models.value.zero_grad()
+    stats = ppo_update.minibatch_backward(models, experience, torch.arange(8), settings, kl_coef)
+    return torch.cat([p.grad.flatten() for p in models.policy.parameters() if p.grad is not None]), stats
+
+
+@pytest.fixture
+def moved(models, experience):
+    """The policy after it has left its reference."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in models.policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return models
+
+
+def test_kl_and_entropy_in_the_loss(moved, experience, start, tmp_path):
+    """Each term adds its own gradient: that of the whole loss is the sum, and the exact KL is taken from the logits."""
+    plain = config(tmp_path, start, kl_in="none")
+    base, _ = gradients(moved, experience, plain)
+    mask, batch = experience.batch.mask, experience.batch
+    for kind in ("full", "k2", "k3-is"):
+        settings = dataclasses.replace(plain, kl_in="loss", kl_estimator=kind, entropy_coef=0.3)
+        gradient, stats = gradients(moved, experience, settings)
+        logits = response_logits(moved.policy, batch)
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            ref = response_logits(moved.ref, batch).log_softmax(-1)
+        chosen, ref_chosen = (x.gather(-1, batch.responses[..., None])[..., 0] for x in (logprobs, ref))
+        d = chosen - ref_chosen
+        kl = {
+            "full": (logprobs.exp() * (logprobs - ref)).sum(-1),
+            "k2": d**2 / 2,
+            "k3-is": ((-d).exp() - 1 + d) * (chosen - experience.old_logprobs).exp(),
+        }[kind]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        tokens = mask.sum()
+        extra = (torch.where(mask, 0.5 * kl - 0.3 * entropy, 0)).sum() / tokens
+        moved.policy.zero_grad()
+        extra.backward()
+        added = torch.cat([p.grad.flatten() for p in moved.policy.parameters() if p.grad is not None])
+        torch.testing.assert_close(gradient, base + added, rtol=1e-3, atol=1e-6)
+        assert stats["kl_loss"].item() == pytest.approx((torch.where(mask, kl, 0).sum() / tokens).item(), rel=1e-4)
+
+
+def test_exact_kl_in_the_reward(moved, experience, start, tmp_path):
+    settings = config(tmp_path / "again", start, kl_estimator="full")
+    run = Run.create(settings.out, "ppo", settings)
+    again = make_experience(moved, experience.rollout, settings, 0.5, run)
+    with torch.no_grad():
+        logprobs, ref = (response_logits(m, again.batch).log_softmax(-1) for m in (moved.policy, moved.ref))
+    kl = torch.where(again.batch.mask, (logprobs.exp() * (logprobs - ref)).sum(-1), 0)
+    torch.testing.assert_close(again.kl, kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.rewards, again.credit - 0.5 * kl, rtol=1e-4, atol=1e-5)
+
+
+def test_passes_stop_by_kl(models, experience, start, tmp_path):
+    settings = config(tmp_path, start, num_ppo_epochs=4, learning_rate=1e-2, early_stop_kl=1e-4)
+    optimizer = torch.optim.AdamW([*models.policy.parameters(), *models.value.parameters()], lr=1e-2)
+    stats = ppo_update.update(models, optimizer, experience, settings, 0.05)
+    assert stats["passes"] < 4 and stats["k1"] > 1e-4
 
 
 def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):

@@ -19,7 +19,8 @@ class Alias:
     """theirs: their name, with underscores. ours: our fields, separated by spaces (one value each); "" refuses.
 
     scale: our number is theirs times this. values: our value for each of theirs, as lower-case text. also: what the
-    name means beside its value; a flag that is given wins over it. stages: where the row holds, all unless given.
+    name means beside its value; a flag that is given wins over it. yields: their values over which one wins as well.
+    stages: where the row holds, all unless given.
     note: what the user should know, or why the flag is refused.
     """
 
@@ -29,6 +30,7 @@ class Alias:
     scale: float = 1.0
     values: Mapping[str, Any] = field(default_factory=dict)
     also: Mapping[str, Any] = field(default_factory=dict)
+    yields: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
     note: str = ""
 
@@ -60,7 +62,25 @@ SCHEDULERS = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+KL_KINDS = {
+    "kl": "k1",
+    "k1": "k1",
+    "abs": "abs",
+    "mse": "k2",
+    "k2": "k2",
+    "low_var_kl": "k3",
+    "k3": "k3",
+    "full": "full",
+}
+KL_PLUS = {"kl+": "k1+", "k1+": "k1+", "low_var_kl+": "k3+", "k3+": "k3+"}
+VERL_LOSSES = {
+    "vanilla": "ppo",
+    "gspo": "gspo_token",
+    "cispo": "cispo",
+    "sapo": "sapo",
+    "geo_mean": "gmpo",
+    "gpg": "gpg",
+}
 YES = {"true": True, "false": False}
 ACTOR = "actor_rollout_ref.actor."
 
@@ -163,11 +183,23 @@ ALIASES = (
     Alias("algorithm.kl_ctrl.kl_coef", "kl_coef", VERL),
     Alias("kl_penalty", "kl_estimator", TRL, values=KL_KINDS),
     Alias("algorithm.kl_penalty", "kl_estimator", VERL, values=KL_KINDS),
-    Alias("algo.kl.estimator", "kl_estimator", OPENRLHF),
+    Alias(ACTOR + "kl_loss_type", "kl_estimator", VERL, values=KL_KINDS | KL_PLUS, also={"kl_in": "loss"}),
+    Alias(ACTOR + "kl_loss_coef", "kl_coef", VERL, also={"kl_in": "loss"}),
+    Alias(ACTOR + "use_kl_loss", "kl_in", VERL, values={"true": "loss", "false": "none"}, yields=("false",)),
+    Alias("algorithm.use_kl_in_reward", "kl_in", VERL, values={"true": "reward", "false": "none"}, yields=("false",)),
+    Alias("use_kl_loss", "kl_in", OPENRLHF, values={"true": "loss", "false": "reward"}),
+    Alias("algo.kl.use_loss", "kl_in", OPENRLHF, values={"true": "loss", "false": "reward"}),
+    Alias(
+        "use_bias_correction_kl", "kl_estimator", TRL, values={"true": "k3-is", "false": "k3"}, also={"kl_in": "loss"}
+    ),
+    Alias("algo.kl.estimator", "kl_estimator", OPENRLHF, also={"kl_clip": 10.0}),
     Alias("adap_kl_ctrl", "kl_control", TRL, values={"true": "adaptive", "false": "fixed"}),
     Alias("algorithm.kl_ctrl.type", "kl_control", VERL, values={"adaptive": "adaptive", "fixed": "fixed"}),
     Alias("target", "kl_target", TRL, also={"kl_control": "adaptive"}),
     Alias("algo.kl.target", "kl_target", OPENRLHF, also={"kl_control": "adaptive"}),
+    Alias("algorithm.kl_ctrl.target_kl", "kl_target", VERL, also={"kl_measure": "token_mean"}),
+    Alias("target_kl", "early_stop_kl", TRL, scale=1.5, note="TRL stops at 1.5 times it"),
+    Alias("early_stopping", "", TRL, note="--early-stop-kl sets the KL and switches it on"),
     Alias("horizon", "kl_horizon", TRL),
     Alias("algo.kl.horizon", "kl_horizon", OPENRLHF),
     Alias("algorithm.kl_ctrl.horizon", "kl_horizon", VERL),
@@ -184,6 +216,37 @@ ALIASES = (
     Alias(ACTOR + "clip_ratio_c", "dual_clip", VERL),
     Alias("actor.dual_clip", "dual_clip", OPENRLHF),
     Alias("delta", "dual_clip", TRL, note="two-sided clipping is the dual clip with this bound"),
+    Alias("loss_agg_mode", "loss_aggregation", VERL),
+    Alias(ACTOR + "loss_agg_mode", "loss_aggregation", VERL),
+    Alias(ACTOR + "loss_scale_factor", "loss_length", VERL),
+    Alias("policy_loss_type", "policy_loss", OPENRLHF),
+    Alias("actor.policy_loss_type", "policy_loss", OPENRLHF),
+    Alias(ACTOR + "policy_loss.loss_mode", "policy_loss", VERL, values=VERL_LOSSES),
+    Alias("importance_sampling_level", "policy_loss", TRL, values={"token": "ppo", "sequence": "gspo"}),
+    Alias("sapo_temperature_pos", "sapo_tau_pos", TRL),
+    Alias("sapo_temperature_neg", "sapo_tau_neg", TRL),
+    Alias(ACTOR + "tau_pos", "sapo_tau_pos", VERL),
+    Alias(ACTOR + "tau_neg", "sapo_tau_neg", VERL),
+    Alias(
+        "loss_type",
+        "loss_aggregation",
+        TRL,
+        values={
+            "grpo": "seq-mean-token-mean",
+            "bnpo": "token-mean",
+            "dapo": "token-mean",
+            "dr_grpo": "constant-length",
+        },
+        stages=("ppo",),
+        note="--policy-loss has cispo and sapo",
+    ),
+    Alias("entropy_loss_coef", "entropy_coef", OPENRLHF),
+    Alias("actor.entropy_coef", "entropy_coef", OPENRLHF),
+    Alias(ACTOR + "entropy_coeff", "entropy_coef", VERL),
+    Alias("lr_warmup_steps_ratio", "warmup", VERL),
+    Alias(ACTOR + "optim.lr_warmup_steps_ratio", "warmup", VERL),
+    Alias("actor.lr_warmup_ratio", "warmup", OPENRLHF),
+    Alias("actor.lr_scheduler", "lr_scheduler", OPENRLHF, values=SCHEDULERS),
     Alias("value_clip", "cliprange_value", OPENRLHF),
     Alias("critic.value_clip", "cliprange_value", OPENRLHF),
     Alias("critic.cliprange_value", "cliprange_value", VERL),

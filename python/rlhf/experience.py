@@ -14,7 +14,8 @@ from .config import UserError
 from .credit import OF_REWARD_MODEL, token_scores
 from .data import Batch
 from .guard import check_finite
-from .model import response_logprobs, values
+from .kl_penalty import kl_penalty
+from .model import exact_kl, response_logprobs, values
 from .ppo_config import PpoConfig
 from .returns import total_return
 from .rollout import Rollout
@@ -47,11 +48,13 @@ class Experience:
     rollout: Rollout
     scores: Tensor  # [B], penalty included; NaN where a response cannot be scored: its mask is all False then
     old_logprobs: Tensor
+    ref_logprobs: Tensor
     old_values: Tensor
     entropy: Tensor
     advantages: Tensor
     returns: Tensor
-    rewards: Tensor
+    credit: Tensor  # what each token has of the score
+    rewards: Tensor  # credit, and the KL penalty where it is part of the reward
     kl: Tensor
 
     @property
@@ -69,18 +72,45 @@ def make_experience(models: Models, rollout: Rollout, config: PpoConfig, kl_coef
         rollout = replace(rollout, batch=replace(batch, mask=batch.mask & ~reward.isnan()[:, None]))
         batch = rollout.batch
     with run.timer("logprobs"):
-        old_logprobs, entropy = response_logprobs(
-            models.policy, batch, config.temperature, entropy=True, micro_batch=size
+        full = None
+        if config.kl_estimator == "full":
+            old_logprobs, ref_logprobs, entropy, full = exact_kl(
+                models.policy, models.ref, batch, config.temperature, micro_batch=size
+            )
+        else:
+            old_logprobs, entropy = response_logprobs(
+                models.policy, batch, config.temperature, entropy=True, micro_batch=size
+            )
+            ref_logprobs = response_logprobs(models.ref, batch, config.temperature, micro_batch=size)
+        kl = kl_penalty(
+            config.kl_estimator,
+            old_logprobs,
+            ref_logprobs,
+            batch.mask,
+            old_logprobs=old_logprobs,
+            full=full,
+            clip=config.kl_clip,
         )
-        ref_logprobs = response_logprobs(models.ref, batch, config.temperature, micro_batch=size)
     with run.timer("values"):
         old_values = torch.cat([values(models.value, part) for part in batch.split(size)])
     with run.timer("advantages"):
-        advantages, returns, rewards, kl = estimate(
-            earned, old_logprobs, ref_logprobs, old_values, batch.mask, config, kl_coef
-        )
+        credit = torch.where(batch.mask, earned, 0)
+        rewards = credit - kl_coef * kl if config.kl_in == "reward" else credit
+        advantages, returns = estimate(rewards, old_values, batch.mask, config)
     check_finite(log_probability=old_logprobs, advantage=advantages)
-    return Experience(rollout, reward, old_logprobs, old_values, entropy, advantages, returns, rewards, kl)
+    return Experience(
+        rollout=rollout,
+        scores=reward,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        old_values=old_values,
+        entropy=entropy,
+        advantages=advantages,
+        returns=returns,
+        credit=credit,
+        rewards=rewards,
+        kl=kl,
+    )
 
 
 def score_rollout(models: Models, rollout: Rollout, config: PpoConfig) -> tuple[Tensor, Tensor]:
@@ -99,33 +129,13 @@ def score_rollout(models: Models, rollout: Rollout, config: PpoConfig) -> tuple[
     return scored.scores - penalty, torch.where(last, earned - penalty[:, None], earned)
 
 
-def estimate(
-    earned: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    old_values: Tensor,
-    mask: Tensor,
-    config: PpoConfig,
-    kl_coef: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(advantages, returns, rewards, kl), each [B, T], from what each token earns."""
-    penalty: dict[str, Any] = {"kl_coef": kl_coef, "beta": config.beta, "kl_estimator": config.kl_estimator}
+def estimate(rewards: Tensor, old_values: Tensor, mask: Tensor, config: PpoConfig) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each [B, T], of rewards [B, T]."""
     if config.estimator == "gae":
-        return rk.rollout_advantages(
-            earned,
-            logprobs,
-            ref_logprobs,
-            None,
-            old_values,
-            mask,
-            **penalty,
-            gamma=config.gamma,
-            lam=config.lam,
-            whiten=config.whiten_advantages,
-        )
-    rewards, kl = rk.token_rewards(earned, logprobs, ref_logprobs, None, mask, **penalty)
-    advantages, returns = total_return(rewards, old_values, mask, config.gamma)
-    return rk.masked_whiten(advantages, mask) if config.whiten_advantages else advantages, returns, rewards, kl
+        advantages, returns = rk.gae(rewards, old_values, mask, gamma=config.gamma, lam=config.lam)
+    else:
+        advantages, returns = total_return(rewards, old_values, mask, config.gamma)
+    return rk.masked_whiten(advantages, mask) if config.whiten_advantages else advantages, returns
 
 
 def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
@@ -139,7 +149,7 @@ def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
         "objective/entropy": entropy.item(),
         "objective/scores": score.mean().item(),
         "objective/scores_std": score.std(unbiased=False).item(),
-        "objective/non_score_reward": -kl_coef * kl.item(),
+        "objective/non_score_reward": (experience.rewards - experience.credit)[scored].sum(1).mean().item(),
         "objective/rlhf_reward": experience.rewards[scored].sum(1).mean().item(),
         "policy/entropy_avg": rk.masked_mean(experience.entropy, mask).item(),
         "ppo/returns/mean": rk.masked_mean(experience.returns, mask).item(),

@@ -124,7 +124,7 @@ class Names:
     def __init__(self, stage: str, fields: set[str]) -> None:
         self.stage, self.fields = stage, fields
         mine = [alias for alias in ALIASES if not alias.stages or stage in alias.stages]
-        self.aliases = [alias for alias in mine if set(alias.ours.split()) <= fields]
+        self.aliases = [alias for alias in mine if {*alias.ours.split(), *alias.also} <= fields]
         self.elsewhere = [alias for alias in ALIASES if alias not in self.aliases]
 
     def take(self, name: str, value: Any, values: dict[str, Any], implied: dict[str, Any], where: str = "") -> None:
@@ -140,9 +140,13 @@ class Names:
             alias = self._alias(name, where)
             new = alias.translate(value, where)
             implied |= alias.also
+            if str(value).lower() in alias.yields:
+                implied |= new
             said = " ".join(_spelled(each, meant) for each, meant in {**new, **alias.also}.items())
             note = alias.note and f" ({alias.note})"
             print(f"rlhf {self.stage}: {where}{name} of {alias.source} is {said} here{note}", file=sys.stderr)
+            if str(value).lower() in alias.yields:
+                return
         for each in new:
             if each in values:
                 raise UserError(f"{where}{name} is {_flag(each)}, which is given twice")

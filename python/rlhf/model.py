@@ -264,6 +264,31 @@ def response_logprobs(
     return torch.cat([logprobs for logprobs, _ in both]), torch.cat([entropies for _, entropies in both])
 
 
+@torch.no_grad()
+def exact_kl(
+    policy: PreTrainedModel,
+    ref: PreTrainedModel,
+    batch: Batch,
+    temperature: float = 1.0,
+    *,
+    micro_batch: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, ref_logprobs, entropy, kl), each [B, T] fp32 in nats; the KL is exact, over the vocabulary."""
+    parts = [policy_ref_logprobs(policy, ref, part, temperature) for part in batch.split(micro_batch)]
+    logprobs, ref_logprobs, entropy, kl = (torch.cat(column) for column in zip(*parts))
+    return logprobs, ref_logprobs, entropy, kl
+
+
+def policy_ref_logprobs(
+    policy: PreTrainedModel, ref: PreTrainedModel, batch: Batch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in one micro-batch, differentiable in the policy."""
+    with torch.no_grad():
+        ref_logits = response_logits(ref, batch)
+    logits = response_logits(policy, batch)
+    return rk.policy_ref_logprobs(logits, ref_logits, batch.responses, batch.mask, temperature=temperature)
+
+
 # Reward and value models
 
 

@@ -18,7 +18,7 @@ from .data import Task, decode_tokens, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts
 from .experience import Models, make_experience, rollout_metrics, rollout_record
 from .guard import Guard, Values
-from .kl_control import adapt_kl_coef, check_kl
+from .kl_control import adapt_kl_coef, check_kl, measured_kl
 from .model import load_policy, load_reward_model, zero_head
 from .ppo_config import PpoConfig
 from .ppo_update import update, update_metrics
@@ -61,7 +61,9 @@ def main(config: PpoConfig) -> Path:
             run.log(0, evaluator.metrics(models.policy, models.tokenizer, run))
         for step in guard.steps(f"ppo {config.reward_shaping}"):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step - 1, config.steps, warmup=0.0, kind="linear")
+                group["lr"] = group["peak"] * schedule(
+                    step - 1, config.steps, warmup=config.warmup, kind=config.lr_scheduler
+                )
             metrics = {"lr": optimizer.param_groups[0]["lr"], "episode": step * config.batch_size}
             evaluated = step == config.steps or (config.eval_every and step % config.eval_every == 0)
             with guard.attempt() as seen:
@@ -80,8 +82,9 @@ def main(config: PpoConfig) -> Path:
                     run.rollout(rollout_record(experience, step))
                 check_kl(metrics["objective/kl"], config)
                 with run.timer("train"):
-                    metrics |= update_metrics(update(models, optimizer, experience, config))
-                kl["coef"] = adapt_kl_coef(kl["coef"], metrics["objective/kl"], config)
+                    metrics |= update_metrics(update(models, optimizer, experience, config, kl["coef"]))
+                measured = measured_kl(experience.kl, experience.batch.mask, config.kl_measure)
+                kl["coef"] = adapt_kl_coef(kl["coef"], measured, config)
             if evaluated:
                 metrics |= evaluator.metrics(models.policy, models.tokenizer, run)
             guard.log(metrics, "objective/scores", "objective/kl")
@@ -169,7 +172,6 @@ def credit_samples(
         micro_batch=config.micro_batch,
     )
     experience = make_experience(models, rollout, config, kl_coef, run)
-    credit = experience.rewards + kl_coef * experience.kl
     gold = task.gold(rollout.prompts, rollout.responses) if task.gold else [None] * len(prompts)
     for row, prompt in enumerate(prompts):
         mask = rollout.batch.mask[row]
@@ -177,7 +179,7 @@ def credit_samples(
             "step": step,
             "prompt": prompt,
             "tokens": decode_tokens(models.tokenizer, rollout.batch.responses[row][mask].tolist()),
-            "credit": credit[row][mask].tolist(),
+            "credit": experience.credit[row][mask].tolist(),
             "rewards": experience.rewards[row][mask].tolist(),
             "score": experience.scores[row].item(),
             "gold": gold[row],

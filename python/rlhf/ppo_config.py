@@ -6,7 +6,14 @@ from dataclasses import MISSING, dataclass
 
 from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
+from .kl_penalty import IN_LOSS, IN_REWARD
+from .kl_penalty import KINDS as KL_KINDS
+from .policy_losses import AGGREGATIONS, POLICY_LOSSES, Clips
 from .returns import ESTIMATORS
+from .schedule import KINDS as SCHEDULES
+
+CONTROLS = ("fixed", "adaptive", "adaptive-paper")
+MEASURES = ("seq_sum", "token_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +31,10 @@ class PpoConfig(CommonConfig):
     micro_batch: int | None = option(None, "rows through a model at a time; all of a minibatch unless given", low=1)
     response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
     temperature: float = option(1.0, "sampling temperature; the same one scores the tokens", above=0)
-    learning_rate: float = option(
-        2e-4, "policy's peak learning rate, falling linearly to 0; pretrained: about 3e-6", above=0
-    )
+    learning_rate: float = option(2e-4, "policy's peak learning rate; pretrained models want about 3e-6", above=0)
     value_learning_rate: float | None = option(None, "the value model's; the policy's unless given", above=0)
+    lr_scheduler: str = option("linear", "how the learning rates fall after the warm-up", choices=SCHEDULES)
+    warmup: float = option(0.0, "share of the steps in which the learning rates climb", low=0, high=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     max_grad_norm: float = option(1.0, "gradient norm at which each model's gradient is clipped", above=0)
     reward_shaping: str = option("terminal", "how the score is spread over the tokens", choices=KINDS)
@@ -58,17 +65,54 @@ class PpoConfig(CommonConfig):
     missing_eos_penalty: float = option(
         1.0, "subtracted from the score of a response that was cut off; not spread", low=0
     )
-    kl_coef: float = option(0.05, "weight of the KL penalty in the reward", low=0)
-    kl_estimator: str = option("k1", "estimate of the KL in the reward", choices=("k1", "k2", "k3", "abs", "pos"))
-    kl_control: str = option("fixed", "adaptive moves kl_coef towards kl_target", choices=("fixed", "adaptive"))
-    kl_target: float = option(6.0, "target of the adaptive control: nats a response, summed over its tokens", above=0)
-    kl_horizon: float = option(10_000.0, "responses over which the adaptive control may change kl_coef e-fold", above=0)
+    kl_in: str = option("reward", "what the KL penalty is part of", choices=("reward", "loss", "none"))
+    kl_coef: float = option(0.05, "weight of the KL penalty", low=0)
+    kl_estimator: str = option(
+        "k1",
+        "estimate of the KL; k1+ and k3+ (their value, the gradient of k2) and k3-is (k3 times the ratio) are for the "
+        "loss, pos for the reward",
+        choices=KL_KINDS,
+    )
+    kl_clip: float | None = option(None, "bound of the estimate at a token, on either side", above=0)
+    kl_control: str = option(
+        "fixed",
+        "adaptive moves kl_coef towards kl_target, each time by up to 0.2 · batch_size / kl_horizon of itself; "
+        "adaptive-paper by up to 0.2 · kl_gain",
+        choices=CONTROLS,
+    )
+    kl_target: float = option(6.0, "target of the adaptive controls, in nats, of what kl_measure says", above=0)
+    kl_measure: str = option(
+        "seq_sum", "the KL that is controlled: a response's sum over tokens, or its mean", choices=MEASURES
+    )
+    kl_horizon: float = option(10_000.0, "responses over which adaptive may change kl_coef e-fold", above=0)
+    kl_gain: float = option(0.1, "gain of adaptive-paper", above=0)
+    policy_loss: str = option("ppo", "loss of the policy", choices=POLICY_LOSSES)
+    loss_aggregation: str | None = option(
+        None,
+        "how the losses of the tokens become one number; token-mean unless given, for gspo, gspo_token and gmpo "
+        "seq-mean-token-mean",
+        choices=AGGREGATIONS,
+    )
+    loss_length: int | None = option(
+        None, "what constant-length and seq-mean-token-sum-norm divide by; the response length unless given", low=1
+    )
     cliprange: float = option(0.2, "the ratio's lower bound is 1 − cliprange", low=0)
     cliprange_high: float | None = option(
         None, "the ratio's upper bound is 1 + cliprange_high; cliprange unless given", low=0
     )
-    cliprange_value: float = option(0.2, "how far a value may move from its old one", low=0)
-    dual_clip: float | None = option(None, "bound of the ratio for negative advantages", above=1)
+    dual_clip: float | None = option(None, "bound of the ratio for negative advantages; none for no bound", above=1)
+    cispo_cap: float | None = option(
+        None,
+        "bound of cispo's weight, without a lower one (TRL's epsilon_high); cliprange's bounds unless given",
+        above=0,
+    )
+    sapo_tau_pos: float = option(1.0, "sapo's temperature for positive advantages", above=0)
+    sapo_tau_neg: float = option(1.05, "sapo's temperature for the others", above=0)
+    entropy_coef: float = option(0.0, "weight of the entropy in the loss, which raises it", low=0)
+    early_stop_kl: float | None = option(
+        None, "leave a rollout after the pass in which the mean of log π_old − log π, in nats, exceeds this", above=0
+    )
+    cliprange_value: float | None = option(0.2, "how far a value may move from its old one; none for no bound", low=0)
     vf_coef: float = option(0.1, "weight of the value loss", low=0)
     gamma: float = option(1.0, "discount", low=0, high=1)
     lam: float = option(0.95, "λ of GAE", low=0, high=1)
@@ -98,6 +142,21 @@ class PpoConfig(CommonConfig):
             raise UserError(
                 f"batch_size must be a multiple of num_mini_batches {self.num_mini_batches}, got {self.batch_size}"
             )
+        allowed = {"reward": IN_REWARD, "loss": IN_LOSS, "none": KL_KINDS}[self.kl_in]
+        if self.kl_estimator not in allowed:
+            wanted = ", ".join(allowed)
+            raise UserError(f"kl_estimator in the {self.kl_in} must be one of {wanted}, got {self.kl_estimator!r}")
+
+    @property
+    def aggregation(self) -> str:
+        """The loss aggregation, where none is given the policy loss's own."""
+        of_sequences = self.policy_loss in ("gspo", "gspo_token", "gmpo")
+        return self.loss_aggregation or ("seq-mean-token-mean" if of_sequences else "token-mean")
+
+    @property
+    def clips(self) -> Clips:
+        high = self.cliprange if self.cliprange_high is None else self.cliprange_high
+        return Clips(self.cliprange, high, self.dual_clip, self.cispo_cap, self.sapo_tau_pos, self.sapo_tau_neg)
 
     def shaping(self) -> Shaping:
         return Shaping(

@@ -1,8 +1,6 @@
-"""The updates of PPO: epochs of minibatches over one rollout, each minibatch in micro-batches."""
+"""The updates of PPO: passes over one rollout in minibatches, each minibatch in micro-batches."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +10,32 @@ import rlhf_kernels as rk
 from .config import UserError
 from .experience import Experience, Models
 from .guard import check_finite
-from .model import response_logprobs, values
+from .kl_penalty import kl_penalty
+from .model import policy_ref_logprobs, response_logprobs, values
+from .policy_losses import Weights, policy_loss, token_weights, value_loss
 from .ppo_config import PpoConfig
+
+Stats = dict[str, Tensor]
+
+SUMS = ("policy_loss", "value_loss", "kl_loss", "tokens")
+MAXIMA = ("ratio_max",)
 
 
 def update(
-    models: Models, optimizer: torch.optim.Optimizer, experience: Experience, config: PpoConfig
+    models: Models, optimizer: torch.optim.Optimizer, experience: Experience, config: PpoConfig, kl_coef: float
 ) -> dict[str, float]:
-    """The epochs of minibatches over one rollout; returns the statistics averaged over all minibatches.
+    """The passes over one rollout; returns the statistics averaged over all minibatches, and the number of `passes`.
 
     Raises UserError if the first minibatch, whose policy is still the one that sampled, has a ratio other than one, and
     NonFinite before a minibatch whose loss or gradient is not finite would change the weights.
     """
-    history: list[dict[str, Tensor]] = []
-    for _ in range(config.num_ppo_epochs):
+    history: list[Stats] = []
+    passes = 0
+    while passes < config.num_ppo_epochs:
         order = torch.randperm(len(experience.batch))
         for index in order.chunk(config.num_mini_batches):
             optimizer.zero_grad(set_to_none=True)
-            stats = minibatch_backward(models, experience, index, config, check_ratio=not history)
+            stats = minibatch_backward(models, experience, index, config, kl_coef, check_ratio=not history)
             norms = [
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 for model in (models.policy, models.value)
@@ -42,57 +48,108 @@ def update(
             )
             optimizer.step()
             history.append(stats)
+        passes += 1
+        moved = torch.stack([stats["k1"] for stats in history[-config.num_mini_batches :]]).mean()
+        if config.early_stop_kl is not None and moved > config.early_stop_kl:
+            break
     means = {name: torch.stack([stats[name] for stats in history]).mean().item() for name in history[0]}
     means["ratio_max"] = max(stats["ratio_max"].item() for stats in history)
     ratios = torch.stack([stats["ratio_mean"] for stats in history])
-    return means | {"ratio_var": ratios.var(unbiased=False).item()}
+    return means | {"ratio_var": ratios.var(unbiased=False).item(), "passes": passes}
 
 
 def minibatch_backward(
-    models: Models, experience: Experience, index: Tensor, config: PpoConfig, *, check_ratio: bool = False
-) -> dict[str, Tensor]:
-    """Gradients of one minibatch, micro-batch by micro-batch, all divided by the minibatch's number of tokens."""
+    models: Models,
+    experience: Experience,
+    index: Tensor,
+    config: PpoConfig,
+    kl_coef: float,
+    *,
+    check_ratio: bool = False,
+) -> Stats:
+    """Gradients of one minibatch, micro-batch by micro-batch, under the weights of the whole minibatch."""
     index = index.to(experience.batch.mask.device)
-    normalizer = experience.batch.mask[index].sum().clamp(min=1).float()
-    parts: list[tuple[Any, Tensor]] = []
-    for rows in index.split(config.micro_batch or len(index)):
-        batch = experience.batch.rows(rows)
-        logprobs, entropy = response_logprobs(models.policy, batch, config.temperature, entropy=True)
-        old_logprobs = experience.old_logprobs[rows]
-        if check_ratio:
-            check_ratio_is_one(logprobs.detach() - old_logprobs, batch.mask, models.policy.dtype)
-        loss, stats = rk.ppo_loss(
-            logprobs,
-            old_logprobs,
-            experience.advantages[rows],
-            values(models.value, batch),
-            experience.old_values[rows],
-            experience.returns[rows],
-            batch.mask,
-            cliprange=config.cliprange,
-            cliprange_high=config.cliprange_high,
-            cliprange_value=config.cliprange_value,
-            vf_coef=config.vf_coef,
-            dual_clip=config.dual_clip,
-            normalizer=normalizer,
-        )
+    length = config.loss_length or experience.rollout.response_length
+    weights = token_weights(config.aggregation, experience.batch.mask[index], length)
+    parts = []
+    for place in torch.arange(len(index), device=index.device).split(config.micro_batch or len(index)):
+        part = Weights(weights.rows[place], weights.values)
+        loss, stats = rows_loss(models, experience, index[place], part, config, kl_coef, check_ratio=check_ratio)
         loss.backward()
-        parts.append((stats, rk.masked_mean(entropy.detach(), batch.mask)))
+        parts.append(stats)
     return combine(parts)
 
 
-def combine(parts: list[tuple[Any, Tensor]]) -> dict[str, Tensor]:
+def rows_loss(
+    models: Models,
+    experience: Experience,
+    rows: Tensor,
+    weights: Weights,
+    config: PpoConfig,
+    kl_coef: float,
+    *,
+    check_ratio: bool = False,
+) -> tuple[Tensor, Stats]:
+    """The loss of some rows, and its statistics:
+
+    policy_loss + vf_coef · value_loss + kl_coef · Σ w·KL (with the KL in the loss) − entropy_coef · Σ w·entropy
+    """
+    batch, old_logprobs = experience.batch.rows(rows), experience.old_logprobs[rows]
+    full = None
+    if config.kl_in == "loss" and config.kl_estimator == "full":
+        logprobs, _, entropy, full = policy_ref_logprobs(models.policy, models.ref, batch, config.temperature)
+    else:
+        logprobs, entropy = response_logprobs(models.policy, batch, config.temperature, entropy=True)
+    if check_ratio:
+        check_ratio_is_one(logprobs.detach() - old_logprobs, batch.mask, models.policy.dtype)
+    loss, stats = policy_loss(
+        config.policy_loss,
+        logprobs,
+        old_logprobs,
+        experience.advantages[rows],
+        batch.mask,
+        weights.rows,
+        config.clips,
+    )
+    value, of_value = value_loss(
+        values(models.value, batch),
+        experience.old_values[rows],
+        experience.returns[rows],
+        batch.mask,
+        weights.values,
+        config.cliprange_value,
+    )
+    loss, stats = loss + config.vf_coef * value, stats | of_value
+    stats["entropy"] = rk.masked_mean(entropy.detach(), batch.mask)
+    if config.kl_in == "loss":
+        kl = kl_penalty(
+            config.kl_estimator,
+            logprobs,
+            experience.ref_logprobs[rows],
+            batch.mask,
+            old_logprobs=old_logprobs,
+            full=full,
+            clip=config.kl_clip,
+        )
+        penalty = (weights.rows[:, None] * kl).sum()
+        loss = loss + kl_coef * penalty
+        stats["kl_loss"] = penalty.detach()
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * (weights.rows[:, None] * torch.where(batch.mask, entropy, 0)).sum()
+    return loss, stats
+
+
+def combine(parts: list[Stats]) -> Stats:
     """The statistics of a minibatch from those of its micro-batches: sums add up, means weigh by tokens."""
-    weights = torch.stack([stats.tokens for stats, _ in parts])
+    weights = torch.stack([stats["tokens"] for stats in parts]).float()
     weights = weights / weights.sum().clamp(min=1)
     combined = {}
-    for name in parts[0][0]._fields:
-        column = torch.stack([getattr(stats, name) for stats, _ in parts])
-        if name in ("policy_loss", "value_loss", "tokens"):
+    for name in parts[0]:
+        column = torch.stack([stats[name] for stats in parts])
+        if name in SUMS:
             combined[name] = column.sum()
         else:
-            combined[name] = column.max() if name == "ratio_max" else (weights * column).sum()
-    combined["entropy"] = (weights * torch.stack([entropy for _, entropy in parts])).sum()
+            combined[name] = column.max() if name in MAXIMA else (weights * column).sum()
     return combined
 
 
@@ -109,17 +166,27 @@ def check_ratio_is_one(log_ratio: Tensor, mask: Tensor, dtype: torch.dtype) -> N
         )
 
 
+METRICS = {
+    "policy_loss": "loss/policy_avg",
+    "value_loss": "loss/value_avg",
+    "kl_loss": "loss/kl_avg",
+    "approx_kl": "policy/approxkl_avg",
+    "k1": "policy/k1_avg",
+    "k3": "policy/k3_avg",
+    "clipfrac_high": "policy/clipfrac_high",
+    "clipfrac_low": "policy/clipfrac_low",
+    "clipfrac_dual": "policy/clipfrac_dual",
+    "clipfrac_ratio": "policy/clipfrac_ratio",
+    "clipfrac_value": "val/clipfrac_avg",
+    "ratio_mean": "val/ratio",
+    "ratio_var": "val/ratio_var",
+    "ratio_max": "val/ratio_max",
+    "explained_variance": "ppo/val/var_explained",
+    "passes": "ppo/passes",
+}
+"""The names of the updates' statistics in metrics.jsonl: TRL's where it has one."""
+
+
 def update_metrics(stats: dict[str, float]) -> dict[str, float]:
-    return {
-        "loss/policy_avg": stats["policy_loss"],
-        "loss/value_avg": stats["value_loss"],
-        "policy/approxkl_avg": stats["approx_kl"],
-        "policy/clipfrac_avg": stats["clipfrac_high"] + stats["clipfrac_low"],
-        "policy/clipfrac_high": stats["clipfrac_high"],
-        "policy/clipfrac_low": stats["clipfrac_low"],
-        "val/clipfrac_avg": stats["clipfrac_value"],
-        "val/ratio": stats["ratio_mean"],
-        "val/ratio_var": stats["ratio_var"],
-        "val/ratio_max": stats["ratio_max"],
-        "ppo/val/var_explained": stats["explained_variance"],
-    }
+    named = {METRICS[name]: value for name, value in stats.items() if name in METRICS}
+    return named | {"policy/clipfrac_avg": stats["clipfrac_high"] + stats["clipfrac_low"]}

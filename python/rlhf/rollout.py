@@ -16,12 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rollout:
-    """Sampled responses. `responses` are decoded without EOS; terminated: [B] bool, True where EOS was sampled."""
+    """Sampled responses.
+
+    responses: decoded without EOS. terminated: [B] bool, True where EOS was sampled. limit: tokens a response might
+    have had, T unless given.
+    """
 
     batch: Batch
     prompts: list[str]
     responses: list[str]
     terminated: Tensor
+    limit: int | None = None
+
+    @property
+    def response_length(self) -> int:
+        return self.limit or self.batch.mask.shape[1]
 
 
 def generate(
@@ -58,7 +67,7 @@ def generate(
     terminated = torch.tensor([response[-1] == tokenizer.eos_token_id for response in sampled])
     texts = [response[:-1] if response[-1] == tokenizer.eos_token_id else response for response in sampled]
     decoded = [decode(tokenizer, each) for each in texts]
-    return Rollout(batch.to(model.device), list(prompts), decoded, terminated.to(model.device))
+    return Rollout(batch.to(model.device), list(prompts), decoded, terminated.to(model.device), response_length)
 
 
 def _generation_config(
