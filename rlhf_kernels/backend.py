@@ -66,9 +66,11 @@ def register(
 ) -> Callable[..., Any]:
     """Define `rlhf_kernels::<op>` and its native twin from one schema string; returns the callable op.
 
-    The schema's first argument must be a Tensor: its device decides the row of `PREFERENCE`.
+    The schema's first argument must be a Tensor: its device decides the row of `PREFERENCE`. Only the last argument
+    may be written to.
     """
     name = schema[: schema.index("(")]
+    writes = "(a!)" in schema
     LIBRARY.define(schema)
     _NATIVE.define(schema)
     implementations = {
@@ -90,6 +92,8 @@ def register(
     def dispatch(*args: Any) -> Any:
         device = args[0].device.type
         implementation = pick(device, _forced)[1]
+        if writes and not args[-1].is_inference():
+            torch.autograd.graph.increment_version(args[-1])  # what was saved of it must not be used again
         if torch.is_autocast_enabled(device):  # it was applied to the op's inputs; what happens inside stays in fp32
             with torch.autocast(device, enabled=False):
                 return implementation(*args)
@@ -132,6 +136,31 @@ def register_loss_autograd(op: str, grads: dict[int, int]) -> None:
         return tuple(result)
 
     register_autograd(op, backward, setup_context)
+
+
+def _setup_attached(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+    ctx.set_materialize_grads(False)
+
+
+def _attached_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None or not ctx.needs_input_grad[1]:
+        return grad_loss, None, None
+    (unit,) = ctx.saved_tensors
+    factor = grad_loss.to(unit.dtype)
+    if type(unit) is not Tensor:  # it is traced
+        return grad_loss, unit * factor, None
+    one = factor.device.type == "cpu" and factor.item() == 1
+    return grad_loss, unit if one else unit.mul_(factor), None
+
+
+# `loss` with `gradient` as its derivative by `input`: for a gradient in memory that the caller gave, which the backward
+# pass scales where it stands. What writes to its arguments cannot have an autograd formula of its own.
+LIBRARY.define("attach_gradient(Tensor loss, Tensor input, Tensor gradient) -> Tensor")
+LIBRARY.impl("attach_gradient", lambda loss, _, __: loss.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("rlhf_kernels::attach_gradient", lambda loss, _, __: torch.empty_like(loss), lib=LIBRARY)
+register_autograd("attach_gradient", _attached_backward, _setup_attached)
+attach_gradient = torch.ops.rlhf_kernels.attach_gradient.default
 
 
 def _runs(op: str, backend: str, device: str) -> bool:

@@ -4,6 +4,8 @@ Log-probabilities, attention and rewards stand here, losses in reference_losses.
 function has the arguments of the registered op of its name. Arithmetic is fp32, fp64 for fp64 inputs.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,21 +113,9 @@ def token_logprobs_bwd(
     return _unscaled_grad(dz, safe_logits, valid & (lse != -torch.inf), temperature, softcap)
 
 
-def token_logprobs_bwd_out(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    dlogits: Tensor,
-) -> None:
-    dlogits.copy_(
-        token_logprobs_bwd(logits, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap)
-    )
+def token_logprobs_bwd_out(*arguments: Any) -> None:
+    *given, dlogits = arguments
+    dlogits.copy_(token_logprobs_bwd(*given))
 
 
 def _unscaled_grad(dz: Tensor, logits: Tensor, valid: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -273,7 +263,12 @@ class LinearGrads:
 
 
 def policy_ref_logprobs_fwd(
-    logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    grad_buffer: Tensor | None = None,  # for the backward pass
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs, entropy, lse = token_logprobs_fwd(logits, tokens, mask, temperature, None, True)
     ref_logprobs, _, ref_lse = token_logprobs_fwd(ref_logits, tokens, mask, temperature, None, False)
@@ -318,6 +313,11 @@ def policy_ref_logprobs_bwd(
             _unscaled_grad(dz, upcast(safe_logits), valid & (lse != -torch.inf), temperature, None)
         )
     return dlogits.to(logits.dtype)
+
+
+def policy_ref_logprobs_bwd_out(*arguments: Any) -> None:
+    *given, dlogits = arguments
+    dlogits.copy_(policy_ref_logprobs_bwd(*given))
 
 
 # ------------------------------------------------------------------------------------------------ attention, rewards

@@ -1,5 +1,7 @@
 """The losses in eager torch, each with its gradient for an upstream gradient of one; see reference.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -186,6 +188,13 @@ def fused_ppo_loss_fwd(
     dentropy = None if entropy_coef == 0 else (-entropy_coef / total).expand_as(entropy)
     dlogits = token_logprobs_bwd(logits, tokens, mask, lse, entropy, dlogprobs, dentropy, temperature, softcap)
     return loss, stats, dlogits, dvalues
+
+
+def fused_ppo_loss_fwd_out(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, out = arguments
+    loss, stats, dlogits, dvalues = fused_ppo_loss_fwd(*[*given, True])
+    out.copy_(dlogits)
+    return loss, stats, dvalues
 
 
 def linear_ppo_loss_fwd(
@@ -474,6 +483,13 @@ def token_feedback_loss_fwd(
     if not with_grad:
         return loss, stats, logits.new_empty(0)
     return loss, stats, torch.where(valid[..., None] & ~forbidden, dz / count, 0).to(logits.dtype)
+
+
+def token_feedback_loss_fwd_out(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, out = arguments
+    loss, stats, dlogits = token_feedback_loss_fwd(*[*given, True])
+    out.copy_(dlogits)
+    return loss, stats
 
 
 def _one_hot(tokens: Tensor, valid: Tensor, vocabulary: int) -> Tensor:

@@ -65,7 +65,6 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if ctx.grad_buffer is None:
         return _bwd(*arguments), *(None,) * 6
     _bwd_out(*arguments, ctx.grad_buffer)
-    torch.autograd.graph.increment_version(ctx.grad_buffer)  # so that logits that were overwritten are not used again
     return ctx.grad_buffer, *(None,) * 6
 
 
@@ -141,13 +140,19 @@ def _token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = check_logits(op, logits, tokens, mask)
     checks.positive(op, temperature=temperature, softcap=softcap)
-    if grad_buffer is not None:
-        checks.same_shape(op, {"logits": logits}, grad_buffer=grad_buffer)
-        if grad_buffer.dtype != logits.dtype or not grad_buffer.is_contiguous():
-            got = f"{grad_buffer.dtype} with strides {grad_buffer.stride()}"
-            checks.fail(op, "grad_buffer", f"be contiguous and {logits.dtype} like logits", got)
-        grad_buffer = grad_buffer.detach()
+    grad_buffer = check_grad_buffer(op, logits, grad_buffer)
     return _fwd(logits, tokens, mask, temperature, softcap, with_entropy, grad_buffer)
+
+
+def check_grad_buffer(op: str, logits: Tensor, grad_buffer: Tensor | None) -> Tensor | None:
+    """The checks of memory for the gradient of the logits; returns it outside of any graph."""
+    if grad_buffer is None:
+        return None
+    checks.same_shape(op, {"logits": logits}, grad_buffer=grad_buffer)
+    if grad_buffer.dtype != logits.dtype or not grad_buffer.is_contiguous():
+        got = f"{grad_buffer.dtype} with strides {grad_buffer.stride()}"
+        checks.fail(op, "grad_buffer", f"be contiguous and {logits.dtype} like logits", got)
+    return grad_buffer.detach()
 
 
 def check_logits(op: str, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -65,14 +65,15 @@ double sum_in_order(const at::Tensor& x) {
   return sum;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cpu(
+// `dlogits` may be the logits themselves: a block is written after it has been read for the last time.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss(
     const at::Tensor& logits, const at::Tensor& tokens, const at::Tensor& scores, const at::Tensor& old_logprobs,
     const at::Tensor& ref_logprobs, const std::optional<at::Tensor>& attention, const at::Tensor& values,
     const at::Tensor& old_values, const at::Tensor& mask, const std::optional<at::Tensor>& normalizer,
     double temperature, std::optional<double> softcap, double kl_coef, double beta, double gamma, double lam,
     std::string_view kl_estimator, bool whiten, double cliprange, double cliprange_high,
     std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
-    bool with_grad) {
+    std::optional<at::Tensor> dlogits) {
   check_same_shape("fused_ppo_loss", "tokens", tokens, logits.sizes().slice(0, logits.dim() - 1));
   const auto type = compute_type(logits);
   const at::Tensor index = tokens.to(at::kLong).contiguous(), counted = mask.logical_and(index.ge(0)).contiguous();
@@ -86,25 +87,56 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cp
   const double total = normalizer ? normalizer->item<double>() : std::max(tokens_counted, 1.0);
   at::Tensor logprobs = at::empty(tokens.sizes(), logits.options().dtype(type));
   at::Tensor entropy = at::empty(tokens.sizes(), logprobs.options());
-  at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "fused_ppo_loss_fwd", [&] {
     using T = at::opmath_type<scalar_t>;
     ppo_rows<scalar_t>(logits, index, counted, old, advantages, clips_of<T>(cliprange, cliprange_high, dual_clip),
-                       scaling_of<T>(temperature, softcap), total, entropy_coef, logprobs, entropy,
-                       with_grad ? std::optional(dlogits) : std::nullopt);
+                       scaling_of<T>(temperature, softcap), total, entropy_coef, logprobs, entropy, dlogits);
   });
   const auto of_ppo = ppo_loss_fwd_cpu(logprobs, old_logprobs, advantages, values, old_values, returns, counted,
                                        at::scalar_tensor(total, logprobs.options()), cliprange, cliprange_high,
-                                       cliprange_value, vf_coef, dual_clip, with_grad);
+                                       cliprange_value, vf_coef, dual_clip, dlogits.has_value());
   const double entropy_sum = sum_in_order(entropy);
   const at::Tensor& stats = std::get<1>(of_ppo);
   const at::Tensor mean = at::full({1}, entropy_sum / std::max(tokens_counted, 1.0), stats.options());
   return {std::get<0>(of_ppo) - at::Scalar(entropy_coef * entropy_sum / total),
-          at::cat({stats.slice(0, 0, 2), mean, stats.slice(0, 2)}), dlogits, std::get<3>(of_ppo)};
+          at::cat({stats.slice(0, 0, 2), mean, stats.slice(0, 2)}), std::get<3>(of_ppo)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cpu(
+    const at::Tensor& logits, const at::Tensor& tokens, const at::Tensor& scores, const at::Tensor& old_logprobs,
+    const at::Tensor& ref_logprobs, const std::optional<at::Tensor>& attention, const at::Tensor& values,
+    const at::Tensor& old_values, const at::Tensor& mask, const std::optional<at::Tensor>& normalizer,
+    double temperature, std::optional<double> softcap, double kl_coef, double beta, double gamma, double lam,
+    std::string_view kl_estimator, bool whiten, double cliprange, double cliprange_high,
+    std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
+    bool with_grad) {
+  const at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  const auto [loss, stats, dvalues] =
+      fused_ppo_loss(logits, tokens, scores, old_logprobs, ref_logprobs, attention, values, old_values, mask,
+                     normalizer, temperature, softcap, kl_coef, beta, gamma, lam, kl_estimator, whiten, cliprange,
+                     cliprange_high, cliprange_value, vf_coef, dual_clip, entropy_coef,
+                     with_grad ? std::optional(dlogits) : std::nullopt);
+  return {loss, stats, dlogits, dvalues};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_out_cpu(
+    const at::Tensor& logits, const at::Tensor& tokens, const at::Tensor& scores, const at::Tensor& old_logprobs,
+    const at::Tensor& ref_logprobs, const std::optional<at::Tensor>& attention, const at::Tensor& values,
+    const at::Tensor& old_values, const at::Tensor& mask, const std::optional<at::Tensor>& normalizer,
+    double temperature, std::optional<double> softcap, double kl_coef, double beta, double gamma, double lam,
+    std::string_view kl_estimator, bool whiten, double cliprange, double cliprange_high,
+    std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
+    at::Tensor& dlogits) {
+  return fused_ppo_loss(logits, tokens, scores, old_logprobs, ref_logprobs, attention, values, old_values, mask,
+                        normalizer, temperature, softcap, kl_coef, beta, gamma, lam, kl_estimator, whiten, cliprange,
+                        cliprange_high, cliprange_value, vf_coef, dual_clip, entropy_coef, dlogits);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) { m.impl("fused_ppo_loss_fwd", fused_ppo_loss_fwd_cpu); }
+TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
+  m.impl("fused_ppo_loss_fwd", fused_ppo_loss_fwd_cpu);
+  m.impl("fused_ppo_loss_fwd_out", fused_ppo_loss_fwd_out_cpu);
+}
 
 }  // namespace rlhf_kernels

@@ -16,7 +16,8 @@ namespace {
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Outputs policy_ref_logprobs_fwd_cpu(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& tokens,
-                                    const std::optional<at::Tensor>& mask, double temperature) {
+                                    const std::optional<at::Tensor>& mask, double temperature,
+                                    const std::optional<at::Tensor>&) {
   constexpr const char* op = "policy_ref_logprobs";
   check_same_shape(op, "ref_logits", ref_logits, logits.sizes());
   check_same_shape(op, "tokens", tokens, logits.sizes().slice(0, logits.dim() - 1));
@@ -64,12 +65,14 @@ Outputs policy_ref_logprobs_fwd_cpu(const at::Tensor& logits, const at::Tensor& 
           output(3, logits), output(4, logits),     output(5, ref_logits)};
 }
 
-at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& ref_logits,
-                                       const at::Tensor& tokens, const std::optional<at::Tensor>& mask,
-                                       const at::Tensor& lse, const at::Tensor& ref_lse, const at::Tensor& entropy,
-                                       const at::Tensor& kl, const std::optional<at::Tensor>& grad_logprobs,
-                                       const std::optional<at::Tensor>& grad_entropy,
-                                       const std::optional<at::Tensor>& grad_kl, double temperature) {
+// `dlogits` may be the logits themselves: a block is written after it has been read.
+void policy_ref_logprobs_bwd_out_cpu(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& tokens,
+                                     const std::optional<at::Tensor>& mask, const at::Tensor& lse,
+                                     const at::Tensor& ref_lse, const at::Tensor& entropy, const at::Tensor& kl,
+                                     const std::optional<at::Tensor>& grad_logprobs,
+                                     const std::optional<at::Tensor>& grad_entropy,
+                                     const std::optional<at::Tensor>& grad_kl, double temperature,
+                                     at::Tensor& dlogits) {
   const auto [x, y] = in_one_dtype(logits, ref_logits);
   const auto type = compute_type(x);
   const int64_t count = tokens.numel(), vocabulary = logits.size(-1);
@@ -81,7 +84,7 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
   const at::Tensor stats[] = {prepared(lse), prepared(ref_lse), prepared(entropy), prepared(kl)};
   const at::Tensor grads[] = {prepared(grad_logprobs), prepared(grad_entropy), prepared(grad_kl)};
   const at::Tensor index = tokens.to(at::kLong).contiguous(), keep = mask ? mask->contiguous() : at::Tensor();
-  at::Tensor dlogits = at::empty(x.sizes(), x.options());
+  const at::Tensor gradient = x.scalar_type() == dlogits.scalar_type() ? dlogits : at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "policy_ref_logprobs_bwd", [&] {
     using T = at::opmath_type<scalar_t>;
     const Rows policy_rows(x), ref_rows(y);
@@ -90,7 +93,7 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
     const auto at = [](const at::Tensor& row, int64_t i) { return row.defined() ? row.const_data_ptr<T>()[i] : T(0); };
     const auto scaling = scaling_of<T>(temperature, std::nullopt);
     const T inverse = scaling.inverse_temperature;
-    auto* out = dlogits.mutable_data_ptr<scalar_t>();
+    auto* out = gradient.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, count, std::max<int64_t>(1, 32768 / vocabulary), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         auto* target = out + i * vocabulary;
@@ -113,7 +116,19 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
       }
     });
   });
-  return dlogits.to(logits.scalar_type());
+  if (!gradient.is_same(dlogits)) dlogits.copy_(gradient);
+}
+
+at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& ref_logits,
+                                       const at::Tensor& tokens, const std::optional<at::Tensor>& mask,
+                                       const at::Tensor& lse, const at::Tensor& ref_lse, const at::Tensor& entropy,
+                                       const at::Tensor& kl, const std::optional<at::Tensor>& grad_logprobs,
+                                       const std::optional<at::Tensor>& grad_entropy,
+                                       const std::optional<at::Tensor>& grad_kl, double temperature) {
+  at::Tensor dlogits = at::empty(logits.sizes(), logits.options());
+  policy_ref_logprobs_bwd_out_cpu(logits, ref_logits, tokens, mask, lse, ref_lse, entropy, kl, grad_logprobs,
+                                  grad_entropy, grad_kl, temperature, dlogits);
+  return dlogits;
 }
 
 }  // namespace
@@ -121,6 +136,7 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
 TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
   m.impl("policy_ref_logprobs_fwd", policy_ref_logprobs_fwd_cpu);
   m.impl("policy_ref_logprobs_bwd", policy_ref_logprobs_bwd_cpu);
+  m.impl("policy_ref_logprobs_bwd_out", policy_ref_logprobs_bwd_out_cpu);
 }
 
 }  // namespace rlhf_kernels

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -62,6 +63,7 @@ void write_row(const scalar_t* x, const scalar_t* y, int64_t vocabulary, int64_t
                scalar_t* out) {
   const T lse = static_cast<T>(row.lse), ref_lse = static_cast<T>(row.ref_lse);
   const T a = static_cast<T>(row.policy / count), c = static_cast<T>(row.reference / count);
+  const bool forbidden = static_cast<T>(x[token]) == kNothing<T>;
   for_blocks(x, vocabulary, T(0), [&](int64_t start, int64_t n, const T* block, const scalar_t*) {
     T buffer[kBlock], wide[kBlock];
     const T* reference = widened(y + start, n, buffer);
@@ -72,13 +74,13 @@ void write_row(const scalar_t* x, const scalar_t* y, int64_t vocabulary, int64_t
     }
     narrow(wide, n, out + start);
   });
-  const bool forbidden = static_cast<T>(x[token]) == kNothing<T>;
   out[token] = static_cast<scalar_t>(forbidden ? T(0) : static_cast<T>(row.at_token / count));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> token_feedback_loss_fwd_cpu(
-    const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& tokens, const at::Tensor& labels,
-    double beta, std::string_view kind, bool with_grad) {
+// `dlogits` may be the logits themselves: a block is written after it has been read for the last time.
+std::tuple<at::Tensor, at::Tensor> token_feedback_loss(const at::Tensor& logits, const at::Tensor& ref_logits,
+                                                       const at::Tensor& tokens, const at::Tensor& labels, double beta,
+                                                       std::string_view kind, std::optional<at::Tensor> dlogits) {
   constexpr const char* op = "token_feedback_loss";
   check_same_shape(op, "ref_logits", ref_logits, logits.sizes());
   check_same_shape(op, "tokens", tokens, logits.sizes().slice(0, logits.dim() - 1));
@@ -90,13 +92,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_feedback_loss_fwd_cpu(
   int64_t counted = 0;
   for (int64_t i = 0; i < rows; ++i) counted += token[i] >= 0;
   const double count = std::max<double>(static_cast<double>(counted), 1);
-  at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, policy.options());
+  const bool fits = dlogits && dlogits->scalar_type() == policy.scalar_type();
+  const at::Tensor wide = dlogits && !fits ? at::empty(policy.sizes(), policy.options()) : at::Tensor();
   std::vector<Row> all(rows);
   std::atomic<int64_t> outside{-1};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, policy.scalar_type(), "token_feedback_loss_fwd", [&] {
     using T = at::opmath_type<scalar_t>;
     const Rows policy_rows(policy), ref_rows(reference);
-    auto* gradient = with_grad ? dlogits.mutable_data_ptr<scalar_t>() : nullptr;
+    auto* gradient = dlogits ? (fits ? *dlogits : wide).mutable_data_ptr<scalar_t>() : nullptr;
     at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / vocabulary), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Row& row = all[i];
@@ -124,6 +127,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_feedback_loss_fwd_cpu(
     });
   });
   if (outside >= 0) check_token("token_logprobs", outside, vocabulary);
+  if (wide.defined()) dlogits->copy_(wide);
   double loss = 0, to_ref = 0, good = 0, bad = 0, goods = 0, bads = 0;
   for (const Row& row : all) {
     if (!row.valid) continue;
@@ -141,11 +145,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_feedback_loss_fwd_cpu(
     *loss_out.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(loss / count);
     for (size_t i = 0; i < values.size(); ++i) stats.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(values[i]);
   });
-  return {loss_out, stats, dlogits.to(logits.scalar_type())};
+  return {loss_out, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> token_feedback_loss_fwd_cpu(
+    const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& tokens, const at::Tensor& labels,
+    double beta, std::string_view kind, bool with_grad) {
+  const at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  const auto [loss, stats] = token_feedback_loss(logits, ref_logits, tokens, labels, beta, kind,
+                                                 with_grad ? std::optional(dlogits) : std::nullopt);
+  return {loss, stats, dlogits};
+}
+
+std::tuple<at::Tensor, at::Tensor> token_feedback_loss_fwd_out_cpu(const at::Tensor& logits,
+                                                                   const at::Tensor& ref_logits,
+                                                                   const at::Tensor& tokens, const at::Tensor& labels,
+                                                                   double beta, std::string_view kind,
+                                                                   at::Tensor& dlogits) {
+  return token_feedback_loss(logits, ref_logits, tokens, labels, beta, kind, dlogits);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) { m.impl("token_feedback_loss_fwd", token_feedback_loss_fwd_cpu); }
+TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {
+  m.impl("token_feedback_loss_fwd", token_feedback_loss_fwd_cpu);
+  m.impl("token_feedback_loss_fwd_out", token_feedback_loss_fwd_out_cpu);
+}
 
 }  // namespace rlhf_kernels

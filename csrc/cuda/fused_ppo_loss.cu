@@ -86,14 +86,15 @@ int64_t blocks_in_cache(Kernel kernel, int64_t row_bytes) {
   return std::clamp<int64_t>(fitting, processors, blocks_at_once(kernel, kThreads));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cuda(
+// `dlogits` may be the logits themselves: a thread writes what it alone has read.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss(
     const at::Tensor& logits, const at::Tensor& tokens, const at::Tensor& scores, const at::Tensor& old_logprobs,
     const at::Tensor& ref_logprobs, const std::optional<at::Tensor>& attention, const at::Tensor& values,
     const at::Tensor& old_values, const at::Tensor& mask, const std::optional<at::Tensor>& normalizer,
     double temperature, std::optional<double> softcap, double kl_coef, double beta, double gamma, double lam,
     std::string_view estimator, bool whiten, double cliprange, double cliprange_high,
     std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
-    bool with_grad) {
+    std::optional<at::Tensor> dlogits) {
   const LogitInputs inputs("fused_ppo_loss", logits, tokens, mask);
   // In the dtype of the log-probabilities, which that of the logits need not be.
   const Rollout raw = rollout("fused_ppo_loss", scores, old_logprobs, ref_logprobs, attention, old_values, mask, &tokens,
@@ -101,8 +102,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cu
   const auto options = logits.options().dtype(compute_type(logits));
   at::Tensor logprobs = at::empty(tokens.sizes(), options), entropy = at::empty_like(logprobs);
   at::Tensor advantages = at::empty_like(logprobs);
-  at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
-  at::Tensor dvalues = at::empty(with_grad ? values.sizes() : at::IntArrayRef{0}, values.options());
+  at::Tensor dvalues = at::empty(dlogits ? values.sizes() : at::IntArrayRef{0}, values.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "fused_ppo_loss_fwd", [&] {
     using T = at::opmath_type<scalar_t>;
     const at::Tensor raw_advantages = raw.advantages.to(options.dtype()), spreads = raw.spreads.to(options.dtype());
@@ -122,17 +122,50 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cu
     const int64_t row_bytes = logits.size(-1) * static_cast<int64_t>(sizeof(scalar_t));
     launch(kernel, dim3(std::min(tokens.numel(), blocks_in_cache(kernel, row_bytes))), kThreads, false,
            inputs.problem<scalar_t>(), softmax_of<T>(temperature, softcap), policy, tokens.numel(), out,
-           with_grad ? dlogits.mutable_data_ptr<scalar_t>() : nullptr);
+           dlogits ? dlogits->mutable_data_ptr<scalar_t>() : nullptr);
   });
   const auto [loss, stats] =
       ppo_tokens("fused_ppo_loss", logprobs, old_logprobs, advantages, values, old_values, raw.returns, mask, &tokens,
                  entropy, normalizer, {cliprange, cliprange_high, cliprange_value, vf_coef, dual_clip, entropy_coef},
-                 nullptr, with_grad ? &dvalues : nullptr);
+                 nullptr, dlogits ? &dvalues : nullptr);
+  return {loss, stats, dvalues};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cuda(
+    const at::Tensor& logits, const at::Tensor& tokens, const at::Tensor& scores, const at::Tensor& old_logprobs,
+    const at::Tensor& ref_logprobs, const std::optional<at::Tensor>& attention, const at::Tensor& values,
+    const at::Tensor& old_values, const at::Tensor& mask, const std::optional<at::Tensor>& normalizer,
+    double temperature, std::optional<double> softcap, double kl_coef, double beta, double gamma, double lam,
+    std::string_view estimator, bool whiten, double cliprange, double cliprange_high,
+    std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
+    bool with_grad) {
+  const at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  const auto [loss, stats, dvalues] =
+      fused_ppo_loss(logits, tokens, scores, old_logprobs, ref_logprobs, attention, values, old_values, mask,
+                     normalizer, temperature, softcap, kl_coef, beta, gamma, lam, estimator, whiten, cliprange,
+                     cliprange_high, cliprange_value, vf_coef, dual_clip, entropy_coef,
+                     with_grad ? std::optional<at::Tensor>(dlogits) : std::nullopt);
   return {loss, stats, dlogits, dvalues};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_out_cuda(
+    const at::Tensor& logits, const at::Tensor& tokens, const at::Tensor& scores, const at::Tensor& old_logprobs,
+    const at::Tensor& ref_logprobs, const std::optional<at::Tensor>& attention, const at::Tensor& values,
+    const at::Tensor& old_values, const at::Tensor& mask, const std::optional<at::Tensor>& normalizer,
+    double temperature, std::optional<double> softcap, double kl_coef, double beta, double gamma, double lam,
+    std::string_view estimator, bool whiten, double cliprange, double cliprange_high,
+    std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
+    at::Tensor& dlogits) {
+  return fused_ppo_loss(logits, tokens, scores, old_logprobs, ref_logprobs, attention, values, old_values, mask,
+                        normalizer, temperature, softcap, kl_coef, beta, gamma, lam, estimator, whiten, cliprange,
+                        cliprange_high, cliprange_value, vf_coef, dual_clip, entropy_coef, dlogits);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rlhf_kernels_native, CUDA, m) { m.impl("fused_ppo_loss_fwd", fused_ppo_loss_fwd_cuda); }
+TORCH_LIBRARY_IMPL(rlhf_kernels_native, CUDA, m) {
+  m.impl("fused_ppo_loss_fwd", fused_ppo_loss_fwd_cuda);
+  m.impl("fused_ppo_loss_fwd_out", fused_ppo_loss_fwd_out_cuda);
+}
 
 }  // namespace rlhf_kernels

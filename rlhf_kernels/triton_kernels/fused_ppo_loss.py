@@ -1,6 +1,7 @@
 """fused_ppo_loss: one launch over [B, T], one pass over the logits, one launch that sums up the tokens."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -197,7 +198,14 @@ def launch_rows(
     )
 
 
-def fwd(
+def fwd(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, with_grad = rest
+    dlogits = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
+    loss, stats, dvalues = fwd_out(*[logits, *given, dlogits if with_grad else None])
+    return loss, stats, dlogits, dvalues
+
+
+def fwd_out(
     logits: Tensor,
     tokens: Tensor,
     scores: Tensor,
@@ -222,8 +230,10 @@ def fwd(
     vf_coef: float,
     dual_clip: float | None,
     entropy_coef: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dlogits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dlogits` may be the logits themselves: a block is written after it has been read for the last time."""
+    with_grad = dlogits is not None
     check_range("token_logprobs", tokens, valid_tokens(tokens, mask), logits.shape[-1])
     raw, returns, _, _, moments = by_rows(
         scores,
@@ -243,7 +253,6 @@ def fwd(
     )
     logprobs = logits.new_empty(tokens.shape, dtype=compute_dtype(logits))
     entropy, advantages = torch.empty_like(logprobs), torch.empty_like(logprobs)
-    dlogits = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
     dvalues = values.new_empty(values.shape if with_grad else 0)
     launch_rows(
         logits,
@@ -253,7 +262,7 @@ def fwd(
         softcap,
         logprobs,
         entropy,
-        dlogits if with_grad else None,
+        dlogits,
         overwrite=False,
         old_logprobs=old_logprobs,
         advantages=raw,
@@ -289,4 +298,4 @@ def fwd(
         dvalues if with_grad else None,
         len(FusedPPOStats._fields),
     )
-    return loss, stats, dlogits, dvalues
+    return loss, stats, dvalues

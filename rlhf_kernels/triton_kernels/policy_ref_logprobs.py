@@ -1,5 +1,7 @@
 """policy_ref_logprobs: one pass over both rows, with the exact KL from the same sums."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +86,12 @@ def _policy_ref_logprobs_fwd_kernel(
 
 
 def fwd(
-    logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float
+    logits: Tensor,
+    ref_logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    grad_buffer: Tensor | None,  # for the backward pass
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_range("token_logprobs", tokens, valid_tokens(tokens, mask), logits.shape[-1])
     logprobs = logits.new_empty(tokens.shape, dtype=compute_dtype(logits))
@@ -165,7 +172,7 @@ def _policy_ref_logprobs_bwd_kernel(
         tl.store(target, tl.zeros((BLOCK_V,), dlogits_ptr.dtype.element_ty), mask=v < V)
 
 
-def bwd(
+def bwd_out(
     logits: Tensor,
     ref_logits: Tensor,
     tokens: Tensor,
@@ -178,8 +185,9 @@ def bwd(
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
     temperature: float,
-) -> Tensor:
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits: Tensor,
+) -> None:
+    """`dlogits` may be the logits themselves: no program reads what another writes."""
     block, warps = block_of(logits)
     launch(
         _policy_ref_logprobs_bwd_kernel,
@@ -201,4 +209,9 @@ def bwd(
         warps=warps,
         BLOCK_V=block,
     )
+
+
+def bwd(logits: Tensor, *rest: Any) -> Tensor:
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    bwd_out(*[logits, *rest, dlogits])
     return dlogits

@@ -123,12 +123,20 @@ def _token_feedback_stats_kernel(
 def fwd(
     logits: Tensor, ref_logits: Tensor, tokens: Tensor, labels: Tensor, beta: float, kind: str, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dlogits = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
+    arguments = (logits, ref_logits, tokens, labels, beta, kind)
+    return *fwd_out(*arguments, dlogits if with_grad else None), dlogits
+
+
+def fwd_out(
+    logits: Tensor, ref_logits: Tensor, tokens: Tensor, labels: Tensor, beta: float, kind: str, dlogits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`dlogits` may be the logits themselves: a block is written after it has been read for the last time."""
     valid = tokens >= 0
     check_range("token_logprobs", tokens, valid, logits.shape[-1])
     dtype = compute_dtype(logits)
     loss, stats = logits.new_empty((), dtype=dtype), logits.new_empty(len(TokenFeedbackStats._fields), dtype=dtype)
     terms, logprobs, kl = logits.new_empty(3, tokens.numel(), dtype=dtype).unbind()
-    dlogits = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
     block, warps = block_of(logits)
     launch(
         _token_feedback_loss_fwd_kernel,
@@ -146,14 +154,14 @@ def fwd(
         terms,
         logprobs,
         kl,
-        dlogits if with_grad else None,
+        dlogits,
         warps=warps,
         registers=registers_for(terms),
         BANDIT=kind == "bandit",
-        GRADIENT=with_grad,
+        GRADIENT=dlogits is not None,
         BLOCK_V=block,
     )
     per_token = (rows(tokens), rows(labels), inner(tokens), tokens.numel(), terms, logprobs, kl)
     size = power_of_2(tokens.numel(), 128, 2048)
     launch(_token_feedback_stats_kernel, (1,), *per_token, loss, stats, BLOCK=size)
-    return loss, stats, dlogits
+    return loss, stats

@@ -1,5 +1,7 @@
 """token_logprobs: one program a row, or one a block of a row where rows are few."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -273,17 +275,7 @@ def bwd_out(
     )
 
 
-def bwd(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
+def bwd(logits: Tensor, *rest: Any) -> Tensor:
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    bwd_out(logits, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, dlogits)
+    bwd_out(*[logits, *rest, dlogits])
     return dlogits
