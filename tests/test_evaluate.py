@@ -8,8 +8,9 @@ import torch
 from rlhf import evaluate
 from rlhf.config import UserError
 from rlhf.data import load_task
-from rlhf.evaluate import Judges, distinct, mean_and_sem, measure, sequence_kl, win_rate
+from rlhf.evaluate import Judges, distance, distinct, mean_and_sem, measure, win_rate
 from rlhf.model import load_policy, load_reward_model, response_logits
+from rlhf.rm import score_texts
 from rlhf.rollout import generate
 from rlhf.scorer import RewardModelScorer
 
@@ -39,7 +40,7 @@ def test_win_rate_counts_a_tie_half():
         win_rate(ours, theirs[1:], "gold")
 
 
-def test_sequence_kl_is_the_sum_over_the_vocabulary(start, other_start):
+def test_distance_and_entropy_are_sums_over_the_vocabulary(start, other_start):
     policy, tokenizer = load_policy(start.policy)
     ref, _ = load_policy(start.policy)
     torch.manual_seed(0)
@@ -48,10 +49,14 @@ def test_sequence_kl_is_the_sum_over_the_vocabulary(start, other_start):
             parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
         rollout = generate(policy, tokenizer, ["in this film the plot", "as a fan the music is"], response_length=5)
         p, q = (response_logits(model, rollout.batch).double().log_softmax(-1) for model in (policy, ref))
-        expected = torch.where(rollout.batch.mask, (p.exp() * (p - q)).sum(-1), 0).sum(1)
-        torch.testing.assert_close(sequence_kl(policy, ref, rollout, 1.0).double(), expected, rtol=1e-4, atol=1e-5)
-        assert (expected > 0.01).all()
-        assert sequence_kl(policy, policy, rollout, 1.0).abs().max() < 1e-5
+        expected = torch.where(rollout.batch.mask, (p.exp() * (p - q)).sum(-1), 0)
+        entropy = torch.where(rollout.batch.mask, -(p.exp() * p).sum(-1), 0)
+        for micro_batch in (None, 1):
+            ours = distance(policy, ref, rollout, 1.0, micro_batch)
+            torch.testing.assert_close(ours[0].double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours[1].double(), entropy, rtol=1e-4, atol=1e-5)
+        assert (expected.sum(1) > 0.01).all()
+        assert distance(policy, policy, rollout, 1.0)[0].abs().max() < 1e-5
 
 
 def test_measure_is_repeatable_and_leaves_the_random_stream(start):
@@ -81,6 +86,18 @@ def test_stage_writes_once_and_compares(tmp_path, start, capsys):
     assert "wins over" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="--overwrite replaces it"):
         evaluate.main(config(start, out=str(out)))
+
+
+def test_a_reward_model_as_the_gold_judge(tmp_path, start, other_start):
+    """It reads texts with a tokenizer of its own."""
+    result = json.loads(
+        evaluate.main(config(start, out=str(tmp_path / "e.json"), gold=other_start.reward_model)).read_text()
+    )
+    model, tokenizer = load_reward_model(other_start.reward_model)
+    texts = [(sample["prompt"], sample["response"]) for sample in result["samples"]]
+    expected = score_texts(model, tokenizer, texts, 512).tolist()
+    assert [sample["gold"] for sample in result["samples"]] == pytest.approx(expected, abs=1e-5)
+    assert result["entropy"] > 0
 
 
 def test_a_model_folder_needs_out(start):

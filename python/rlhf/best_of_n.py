@@ -20,6 +20,7 @@ from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_
 from .data import Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
+from .gold_model import GOLD, with_gold
 from .guard import Guard, Values
 from .model import load_policy, load_reward_model
 from .run import Run, resolve_device, seed_everything
@@ -39,6 +40,7 @@ class BestOfNConfig(CommonConfig):
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    gold: str | None = option(None, GOLD)
     n: int = option(4, "responses sampled for each prompt, of which the best is kept", low=2)
     num_prompts: int = option(768, "prompts sampled for; they repeat if there are fewer", low=1)
     epochs: int = option(2, "passes over the kept responses", low=1)
@@ -112,7 +114,7 @@ def main(config: BestOfNConfig) -> Path:
     run = Run.create(config.out, "best-of-n", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = with_gold(load_task(config.data, config.seed), config)
     checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     sampler, tokenizer = load_policy(config.init, **where)

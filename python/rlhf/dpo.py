@@ -20,8 +20,10 @@ from .candidates import Candidates, draw_candidates, own_source, provided_candid
 from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Batch, Task, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
+from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reward_model, response_logprobs
+from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
 from .rm import ordered_pairs
 from .run import Run, resolve_device, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
@@ -39,6 +41,7 @@ class DpoConfig(CommonConfig):
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", '"reviews", a folder or a file: gives the rankings, the prompts and the gold judge')
+    gold: str | None = option(None, GOLD)
     pairs: str = option("data", "the data's rankings, or samples of --init scored by --rm", choices=("data", "sampled"))
     pairing: str = option(
         "all", "pairs of a prompt: all of unequal score, or only the best with the worst", choices=("all", "extremes")
@@ -63,6 +66,7 @@ class DpoConfig(CommonConfig):
         10, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
+    stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +230,7 @@ def main(config: DpoConfig) -> Path:
     run = Run.create(config.out, "dpo", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = with_gold(load_task(config.data, config.seed), config)
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(config.init, **where)
     ref = load_policy(config.ref or config.init, **where)[0]
@@ -274,5 +278,7 @@ def main(config: DpoConfig) -> Path:
             if step == total or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluator.metrics(policy, tokenizer, run)
             guard.log(metrics, "loss", "rewards/accuracies")
+            if watch_gold(run, policy, tokenizer, config.stop_on_gold):
+                guard.total = step
     run.save_model(policy, tokenizer)
-    return run.finish({"steps": total, "pairs": len(pairs)})
+    return run.finish({"steps": guard.total, "pairs": len(pairs), **overoptimization(run.folder)})

@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 from .config import REWARD_FN, RM_CHAT_TEMPLATE, UserError, check_options, check_scorer, option
 from .data import Gold, Task, load_task
 from .files import plain, write_atomically
+from .gold_model import GOLD, with_gold
 from .model import load_policy, load_reward_model, response_logits
 from .rollout import Rollout, generate
 from .run import Run, resolve_device
@@ -24,6 +25,9 @@ from .scorer import Scorer, scorer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIBED = ("length", "eos_rate", "entropy", "distinct_1", "distinct_2")
+"""What a measurement says of a sample as a whole, without an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class EvaluateConfig:
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", '"reviews", a folder or a file: gives the held-out prompts and the gold judge')
+    gold: str | None = option(None, GOLD)
     against: str | None = option(None, "another run folder (or model): print the win rate over it")
     out: str | None = option(None, "file to write; <run>/evaluation.json unless given")
     samples: int = option(256, "responses to sample, one a held-out prompt; prompts repeat if there are fewer", low=1)
@@ -73,8 +78,8 @@ def measure(
     """Sample one response a prompt with a fixed seed and measure them; torch's own random stream is left as it was.
 
     Returns the content of evaluation.json: {"proxy", "gold", "kl": {"mean", "sem"}}, "length" (tokens, EOS included),
-    "eos_rate", "distinct_1", "distinct_2", "n" and "samples". The KL is the exact per-token KL(policy ‖ ref), summed
-    over each response, in nats.
+    "eos_rate", "distinct_1", "distinct_2", "n" and "samples"; with a reference also "entropy", nats a token. The KL is
+    the exact per-token KL(policy ‖ ref), summed over each response, in nats.
     """
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -94,7 +99,9 @@ def measure(
         if judges.gold is not None:
             per_sample["gold"] = judges.gold(rollout.prompts, rollout.responses)
         if judges.ref is not None:
-            per_sample["kl"] = sequence_kl(policy, judges.ref, rollout, temperature, micro_batch).tolist()
+            kl, entropy = distance(policy, judges.ref, rollout, temperature, micro_batch)
+            per_sample["kl"] = kl.sum(1).tolist()
+            result["entropy"] = rk.masked_mean(entropy, rollout.batch.mask).item()
     result |= {name: mean_and_sem(values) for name, values in per_sample.items()}
     result["samples"] = [
         {"prompt": prompt, "response": response, **{name: values[i] for name, values in per_sample.items()}}
@@ -161,21 +168,22 @@ def distinct(responses: Tensor, mask: Tensor, n: int) -> float:
     return len(set(grams)) / max(len(grams), 1)
 
 
-def sequence_kl(
+def distance(
     policy: PreTrainedModel, ref: PreTrainedModel, rollout: Rollout, temperature: float, micro_batch: int | None = None
-) -> Tensor:
-    """[B]: KL(policy ‖ ref) of the next token, exact over the vocabulary, summed over each response."""
-    sums = []
+) -> tuple[Tensor, Tensor]:
+    """(KL(policy ‖ ref), entropy of the policy), both [B, T]: of each next token, exact over the vocabulary, nats."""
+    parts = []
     for part in rollout.batch.split(micro_batch):
-        *_, kl = rk.policy_ref_logprobs(
+        _, _, entropy, kl = rk.policy_ref_logprobs(
             response_logits(policy, part),
             response_logits(ref, part),
             part.responses,
             part.mask,
             temperature=temperature,
         )
-        sums.append(kl.sum(1))
-    return torch.cat(sums)
+        parts.append(torch.stack([kl, entropy]))
+    kl, entropy = torch.cat(parts, 1)
+    return kl, entropy
 
 
 def mean_and_sem(values: Sequence[float]) -> dict[str, float]:
@@ -196,7 +204,7 @@ def eval_metrics(result: dict[str, Any]) -> dict[str, float]:
         if name in result:
             metrics[f"eval/{name}"] = result[name]["mean"]
             metrics[f"eval/{name}_sem"] = result[name]["sem"]
-    return metrics | {f"eval/{name}": result[name] for name in ("length", "eos_rate", "distinct_1", "distinct_2")}
+    return metrics | {f"eval/{name}": result[name] for name in DESCRIBED if name in result}
 
 
 def win_rate(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], judge: str) -> dict[str, float]:
@@ -230,7 +238,7 @@ def main(config: EvaluateConfig) -> Path:
         raise FileExistsError(f"{target} is there; --overwrite replaces it")
     own = json.loads((folder / "run.json").read_text())["config"] if (folder / "run.json").exists() else {}
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = with_gold(load_task(config.data, config.seed), config)
     policy, tokenizer = load_policy(config.run, device=device, dtype=config.dtype)
     ref = config.ref or own.get("init")
     if config.rm is None and config.reward_fn is None:
@@ -269,8 +277,9 @@ def print_result(name: str, result: dict[str, Any]) -> None:
     for key in ("proxy", "gold", "kl"):
         if key in result:
             print(f"  {key:10} {result[key]['mean']:8.3f} ± {result[key]['sem']:.3f}")
-    for key in ("length", "eos_rate", "distinct_1", "distinct_2"):
-        print(f"  {key:10} {result[key]:8.3f}")
+    for key in DESCRIBED:
+        if key in result:
+            print(f"  {key:10} {result[key]:8.3f}")
     against = result.get("against", {})
     for key in ("gold", "proxy"):
         if key in against:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -99,14 +99,24 @@ def curves(
     return figure
 
 
-def plane(lines: Sequence[Curve], start: tuple[float, float] | None) -> Figure:
-    """Gold reward over √KL: a line that falls while KL grows is over-optimisation. start: the SFT model's point."""
+def plane(
+    lines: Sequence[Curve],
+    start: tuple[float, float] | None,
+    fits: Sequence[tuple[Curve, Callable[[float], float]]] = (),
+) -> Figure:
+    """Gold reward over √KL: a line that falls while KL grows is over-optimisation.
+
+    start: the SFT model's point. fits: a function of √KL for some of the lines, drawn as far as the line goes.
+    """
     figure, axes = _panel("√KL to the start model (√nats)", "gold reward", LARGE)
     for line in lines:
         color = COLORS[line.style % len(COLORS)]
         axes.plot(line.x, line.y, DASHES[line.style // len(COLORS) % len(DASHES)], color=color, label=line.label)
         axes.plot(line.x[:-1], line.y[:-1], "o", color=color, markersize=3.5)
         axes.plot(line.x[-1:], line.y[-1:], "o", color=color, markersize=7)
+    for line, function in fits:
+        xs = [max(line.x) * i / 100 for i in range(101)]
+        axes.plot(xs, [function(x) for x in xs], ":", color=COLORS[line.style % len(COLORS)], linewidth=1)
     if start:
         axes.plot(*start, "D", color=INK, markersize=6, label="start (SFT)")
     axes.set_xlim(left=-0.02 * axes.get_xlim()[1])

@@ -17,9 +17,11 @@ from .config import UserError
 from .data import Task, decode_tokens, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts
 from .experience import Models, make_experience, rollout_metrics, rollout_record
+from .gold_model import with_gold
 from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl, measured_kl
 from .model import load_policy, load_reward_model, zero_head
+from .overoptimization import overoptimization, watch_gold
 from .ppo_config import PpoConfig
 from .ppo_update import update, update_metrics
 from .reading import same_tokens
@@ -36,7 +38,7 @@ def main(config: PpoConfig) -> Path:
     """Train and return the run folder: model/, value/, metrics.jsonl, rollouts.jsonl, samples.jsonl."""
     run = Run.create(config.out, "ppo", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    task = load_task(config.data, config.seed)
+    task = with_gold(load_task(config.data, config.seed), config)
     response_length = config.response_length or task.response_length
     checkpoint = run.load_checkpoint()
     models, optimizer = prepare(config, checkpoint, task)
@@ -88,11 +90,13 @@ def main(config: PpoConfig) -> Path:
             if evaluated:
                 metrics |= evaluator.metrics(models.policy, models.tokenizer, run)
             guard.log(metrics, "objective/scores", "objective/kl")
-    for record in credit_samples(models, task, config, response_length, config.steps, kl["coef"], run):
+            if watch_gold(run, models.policy, models.tokenizer, config.stop_on_gold):
+                guard.total = step
+    for record in credit_samples(models, task, config, response_length, guard.total, kl["coef"], run):
         run.sample(record)
     run.save_model(models.policy, models.tokenizer)
     run.save_model(models.value, models.tokenizer, "value")
-    return run.finish({"kl_coef": kl["coef"], "steps": config.steps})
+    return run.finish({"kl_coef": kl["coef"], "steps": guard.total, **overoptimization(run.folder)})
 
 
 def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tuple[Models, torch.optim.Optimizer]:

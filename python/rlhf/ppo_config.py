@@ -6,8 +6,10 @@ from dataclasses import MISSING, dataclass
 
 from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
+from .gold_model import GOLD
 from .kl_penalty import IN_LOSS, IN_REWARD
 from .kl_penalty import KINDS as KL_KINDS
+from .overoptimization import STOP_ON_GOLD
 from .policy_losses import AGGREGATIONS, POLICY_LOSSES, Clips
 from .returns import ESTIMATORS
 from .schedule import KINDS as SCHEDULES
@@ -24,6 +26,7 @@ class PpoConfig(CommonConfig):
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    gold: str | None = option(None, GOLD)
     steps: int = option(25, "rollouts, each followed by its updates", low=1)
     batch_size: int = option(128, "responses sampled a step, one a prompt", low=1)
     num_ppo_epochs: int = option(4, "passes over each rollout", low=1)
@@ -126,6 +129,7 @@ class PpoConfig(CommonConfig):
         5, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
+    stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
     num_samples: int = option(8, "held-out responses whose credit is written to samples.jsonl at the end", low=0)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import plots
+from .overoptimization import fit
 from .page import Page, escape, file_name, percent
 from .plots import Curve
 from .report_runs import Group
@@ -71,9 +72,10 @@ def over_optimisation(page: Page, groups: Sequence[Group]) -> None:
     page.section(
         "Gold reward against distance",
         "Every evaluation of every run, joined in the order of training; the large dot is the last. Where a line turns "
-        "down while the distance grows, the policy exploits the reward model instead of improving.",
+        "down while the distance grows, the policy exploits the reward model instead of improving. Dotted: forms of "
+        "Gao et al. 2022 fitted to the points, d (a − b log d) for training and d (a − b d) for best of n, d = √KL.",
     )
-    lines = []
+    lines, fits = [], []
     for group in groups:
         steps, gold, _ = group.series("eval/gold")
         for metric in ("eval/kl", "objective/kl"):
@@ -82,12 +84,14 @@ def over_optimisation(page: Page, groups: Sequence[Group]) -> None:
             if both:
                 levels, far = dict(zip(steps, gold)), [math.sqrt(max(distance[step], 0.0)) for step in both]
                 lines.append(Curve(group.label, group.style, far, [levels[step] for step in both]))
+                fits.append(("rl", lines[-1]))
                 break
         picked = [row for row in group.runs[0].info["summary"].get("best_of_n", ()) if "gold" in row]
         if picked:
             distances = [math.sqrt(row["kl_bound"]) for row in picked]
             golds = [row["gold"]["mean"] for row in picked]
             lines.append(Curve("best of n, picked", group.style + len(plots.COLORS), distances, golds))
+            fits.append(("best_of_n", lines[-1]))
             sizes = ", ".join(str(row["n"]) for row in picked)
             page.add(
                 f"<p>Dashed: the best of {sizes} answers by the reward model, without training, at the bound "
@@ -97,7 +101,14 @@ def over_optimisation(page: Page, groups: Sequence[Group]) -> None:
         return page.missing("No run logged eval/gold together with a KL, so the figure is left out.")
     baseline = sft_baseline(groups)
     start = baseline.measured("gold") if baseline else None
-    figure = plots.plane(lines, (0.0, start["mean"]) if start else None)
+    fitted = [(line, found) for form, line in fits if (found := fit(line.x, line.y, form)) is not None]
+    for line, found in fitted:
+        peak = f", highest at √KL {found.peak:.2f}" if found.peak else ""
+        page.add(
+            f'<p class="small">{escape(line.label)}: a = {found.a:.3f}, b = {found.b:.3f}, start {found.start:.3f}, '
+            f"r.m.s. error {found.rmse:.3f}{peak}.</p>"
+        )
+    figure = plots.plane(lines, (0.0, start["mean"]) if start else None, fitted)
     page.figures([("gold_vs_kl", "Gold reward over √KL", figure)], large=True)
 
 

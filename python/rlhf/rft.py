@@ -19,8 +19,10 @@ from .candidates import Candidates, draw_candidates, mean_score, own_source
 from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Batch, collate, epoch_order, load_task
 from .evaluate import Evaluator, Judges
+from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reward_model
+from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
 from .run import Run, resolve_device, seed_everything
 from .schedule import schedule, set_learning_rate
 from .scorer import scorer_of
@@ -42,6 +44,7 @@ class RftConfig(CommonConfig):
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    gold: str | None = option(None, GOLD)
     rounds: int = option(3, "times that responses are sampled anew from the policy", low=1)
     num_prompts: int = option(256, "prompts sampled for in each round; they repeat if there are fewer", low=1)
     num_candidates: int = option(8, "responses sampled for each prompt", low=2)
@@ -69,6 +72,7 @@ class RftConfig(CommonConfig):
         6, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
+    stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +163,7 @@ def main(config: RftConfig) -> Path:
     run = Run.create(config.out, "rft", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = with_gold(load_task(config.data, config.seed), config)
     if not task.prompts:
         raise UserError(f"{config.data}: the data has no prompts to sample from")
     checkpoint = run.load_checkpoint()
@@ -234,5 +238,7 @@ def main(config: RftConfig) -> Path:
             if step == guard.total or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluator.metrics(policy, tokenizer, run)
             guard.log(metrics, "loss", "objective/scores")
+            if watch_gold(run, policy, tokenizer, config.stop_on_gold):
+                guard.total = step
     run.save_model(policy, tokenizer)
-    return run.finish({"steps": guard.total})
+    return run.finish({"steps": guard.total, **overoptimization(run.folder)})

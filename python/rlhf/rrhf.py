@@ -36,8 +36,10 @@ from .candidates import (
 from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
 from .data import Task, epoch_order, load_task
 from .evaluate import Evaluator, Judges
+from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reward_model, response_logprobs
+from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
 from .run import Run, resolve_device, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import scorer_of
@@ -54,6 +56,7 @@ class RrhfConfig(CommonConfig):
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL; --init unless given")
     data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    gold: str | None = option(None, GOLD)
     candidates: str | None = option(
         None, "file or folder of rows with responses and scores, or chosen and rejected: provided candidates"
     )
@@ -109,6 +112,7 @@ class RrhfConfig(CommonConfig):
         4, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
     eval_samples: int = option(128, "responses in an evaluation", low=1)
+    stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,7 +350,7 @@ def main(config: RrhfConfig) -> Path:
     run = Run.create(config.out, "rrhf", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = with_gold(load_task(config.data, config.seed), config)
     checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
@@ -424,5 +428,7 @@ def main(config: RrhfConfig) -> Path:
             if step == total or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluator.metrics(policy, tokenizer, run)
             guard.log(metrics, "loss", "accuracy")
+            if watch_gold(run, policy, tokenizer, config.stop_on_gold):
+                guard.total = step
     run.save_model(policy, tokenizer)
-    return run.finish({"steps": total})
+    return run.finish({"steps": guard.total, **overoptimization(run.folder)})

@@ -1,0 +1,40 @@
+"""Any reward model as the gold judge: `--gold` of the stages that train or measure a policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .data import Task
+from .model import load_reward_model
+from .rm import score_texts
+from .run import resolve_device
+
+GOLD = "reward model that judges instead of the data's gold judge; its scores are never trained on"
+MAX_LENGTH = 2048
+"""Tokens of a text that the judge reads; a longer one loses its start."""
+
+
+class RewardModelJudge:
+    """Called with (prompts, responses), gives the model's normalised score of each text, read by its own tokenizer."""
+
+    def __init__(self, name: str, *, device: str | torch.device, dtype: str, micro_batch: int | None = None) -> None:
+        self.model, self.tokenizer = load_reward_model(name, device=device, dtype=dtype)
+        self.model.requires_grad_(False)
+        self.micro_batch = micro_batch
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+        texts = zip(prompts, responses)
+        return score_texts(self.model, self.tokenizer, texts, MAX_LENGTH, micro_batch=self.micro_batch).tolist()
+
+
+def with_gold(task: Task, config: Any) -> Task:
+    """The task with the judge that a stage's `gold` asks for, or as it is."""
+    if config.gold is None:
+        return task
+    device = resolve_device(config.device)
+    judge = RewardModelJudge(config.gold, device=device, dtype=config.dtype, micro_batch=config.micro_batch)
+    return replace(task, gold=judge)
