@@ -74,6 +74,7 @@ TARGETS = (
     faster("attention_row", ATTENTION, "fwd", 30, "full T×T map"),
     below("attention_row", ATTENTION, "fwd", 16, "one head's T×T map"),
     faster("fused_ppo_loss", PPO, "fwd+bwd", 4, "torch.compile"),
+    faster("fused_ppo_loss", f"{PPO} given buffer", "fwd+bwd", 4, "torch.compile"),
 )
 CASES = frozenset((target.op, target.case) for target in TARGETS)
 
