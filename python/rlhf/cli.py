@@ -27,6 +27,9 @@ STAGES = {
     "rm": Stage("rlhf.rm", "RmConfig", "train a reward model on rankings or scores"),
     "ppo": Stage("rlhf.ppo", "PpoConfig", "train the policy on the reward model, with dense rewards if asked"),
     "rrhf": Stage("rlhf.rrhf", "RrhfConfig", "train the policy to rank candidates as the reward model does"),
+    "token-feedback": Stage(
+        "rlhf.token_feedback", "TokenFeedbackConfig", "train the policy on spans that people marked good or bad"
+    ),
     "best-of-n": Stage("rlhf.best_of_n", "BestOfNConfig", "sample n, keep the best, fine-tune on it"),
     "rft": Stage("rlhf.rft", "RftConfig", "sample, keep what scores high, fine-tune on it, and again"),
     "dpo": Stage("rlhf.dpo", "DpoConfig", "train the policy on pairs of responses, without a reward model"),
@@ -95,7 +98,7 @@ def run_stage(name: str, stage: Stage, argv: list[str]) -> int:
 
 
 def overview() -> str:
-    commands = "\n".join(f"  {name:<10} {stage.help}" for name, stage in STAGES.items())
+    commands = "\n".join(f"  {name:<14} {stage.help}" for name, stage in STAGES.items())
     return (
         "usage: rlhf <command> [--flag value …]\n\n"
         f"Reinforcement learning from human feedback, stage by stage.\n\n{commands}\n\n"

@@ -1,0 +1,126 @@
+"""Losses of marked tokens, each token a decision of its own (horizon one): bandit, unlikelihood, or PPO with γ = 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .data import Batch
+from .guard import check_finite
+from .model import response_logits, response_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOSSES = ("bandit", "unlikelihood", "ppo")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the loss needs of a stage's flags; see TokenFeedbackConfig."""
+
+    loss: str = "bandit"
+    beta: float = 0.5
+    anchor: bool = True
+    temperature: float = 1.0
+    cliprange: float = 0.2
+    micro_batch: int | None = None
+
+
+def feedback_backward(
+    policy: PreTrainedModel,
+    ref: PreTrainedModel,
+    batch: Batch,
+    labels: Tensor,
+    config: LossConfig,
+    *,
+    old_logprobs: Tensor | None = None,
+    weight: float = 1.0,
+) -> dict[str, float]:
+    """Adds the gradient of weight · loss of a batch to the policy's, micro-batch by micro-batch. May raise NonFinite.
+
+    labels: [B, T]. old_logprobs: [B, T], of the policy at the start of the pass, for loss ppo; the present ones unless
+    given. The loss is the mean over the tokens that count: all of the responses, or with anchor off the marked ones.
+    """
+    counted = batch.mask if config.anchor else batch.mask & (labels != 0)
+    total = counted.sum().clamp(min=1)
+    size = config.micro_batch or max(1, len(batch))
+    sums: dict[str, float] = {"loss": 0.0, "kl": 0.0}
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        old = None if old_logprobs is None else old_logprobs[rows]
+        loss, kl = feedback_loss(policy, ref, batch.rows(rows), labels[rows], counted[rows], config, old)
+        share = counted[rows].sum() / total
+        if torch.is_grad_enabled() and loss.requires_grad:
+            (weight * share * loss).backward()
+        sums["loss"] += (share * loss.detach()).item()
+        sums["kl"] += (share * kl).item()
+    check_finite(feedback_loss=sums["loss"])
+    return sums
+
+
+def feedback_loss(
+    policy: PreTrainedModel,
+    ref: PreTrainedModel,
+    batch: Batch,
+    labels: Tensor,
+    counted: Tensor,
+    config: LossConfig,
+    old_logprobs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, KL(ref ‖ policy)) as means over the counted tokens; for loss ppo the KL is its estimate log π / ref."""
+    if config.loss == "ppo":
+        return horizon_one_loss(policy, ref, batch, labels, counted, config, old_logprobs)
+    with torch.no_grad():
+        ref_logits = response_logits(ref, batch) / config.temperature
+    loss, stats = rk.token_feedback_loss(
+        response_logits(policy, batch) / config.temperature,
+        ref_logits,
+        torch.where(counted, batch.responses, -1),
+        labels,
+        beta=config.beta,
+        kind=config.loss,
+    )
+    return loss, stats.kl
+
+
+def horizon_one_loss(
+    policy: PreTrainedModel,
+    ref: PreTrainedModel,
+    batch: Batch,
+    labels: Tensor,
+    counted: Tensor,
+    config: LossConfig,
+    old_logprobs: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """PPO with γ = 0 and no value: the advantage of a token is its own reward, label − beta · log(π_old / ref).
+
+    The responses were written by whoever was marked, not by π_old: the ratio counts from the start of the pass, as if
+    they had been sampled then.
+    """
+    logprobs = response_logprobs(policy, batch, config.temperature)
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    zeros = torch.zeros_like(old_logprobs)
+    with torch.no_grad():
+        ref_logprobs = response_logprobs(ref, batch, config.temperature)
+    advantages, returns, _, kl = rk.rollout_advantages(
+        labels,
+        old_logprobs,
+        ref_logprobs,
+        None,
+        zeros,
+        counted,
+        kl_coef=config.beta,
+        beta=0.0,
+        gamma=0.0,
+        whiten=False,
+    )
+    loss, _ = rk.ppo_loss(
+        logprobs, old_logprobs, advantages, zeros, zeros, returns, counted, cliprange=config.cliprange, vf_coef=0.0
+    )
+    return loss, kl.sum() / counted.sum().clamp(min=1)
