@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/rlhf demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -40,6 +40,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; OpenMP t
     torch.set_num_threads(1)
 
 
+LONG = ("test_builds.py", "test_triton_resources.py")  # minutes each; begun last, they would run alone at the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -68,21 +68,16 @@ def test_cuda_compiles_without_warnings(source, tmp_path):
     assert max(spills) <= MAX_SPILL
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The CUDA kernels, built for the CPU by a C++ compiler, under the sanitizers."""
-    folder = tmp_path_factory.mktemp("emulated")
-    run(sys.executable, "tests/cuda_emulator/build.py", folder, "-O1", *SANITIZE)
-    return next(folder.glob("_C*.so"))
-
-
 # Left out: what takes long here, and a token outside of the vocabulary, for which a kernel on a GPU cannot raise.
 MOST = "native and not out_of_range and not gradcheck and not batch_makes and not float64 and not float16"
 
 
-@pytest.mark.parametrize("order, selection", [("forward", MOST), ("reverse", "native and matches_formula and float32")])
-def test_cuda_kernels_on_a_cpu(emulated, order, selection):
-    run_op_tests(emulated, CUDA_SOURCES, "-k", selection, CUDA_EMULATOR_ORDER=order, **preloaded())
+def test_cuda_kernels_on_a_cpu(tmp_path):
+    """The CUDA kernels, built for the CPU by a C++ compiler, under the sanitizers, with threads in either order."""
+    run(sys.executable, "tests/cuda_emulator/build.py", tmp_path, "-O1", *SANITIZE)
+    (library,) = tmp_path.glob("_C*.so")
+    for order, selection in (("forward", MOST), ("reverse", "native and matches_formula and float32")):
+        run_op_tests(library, CUDA_SOURCES, "-k", selection, CUDA_EMULATOR_ORDER=order, **preloaded())
 
 
 def test_cpu_kernels_under_sanitizers(tmp_path):

@@ -1,0 +1,144 @@
+"""What an experiment is, and how one of its runs is made and measured."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import evaluate
+from rlhf.data import load_task
+from rlhf.evaluate import eval_prompts
+from rlhf.files import read_lines
+from rlhf.model import load_policy, response_logprobs
+from rlhf.report_runs import read_json
+from rlhf.rollout import generate
+
+CONFIGS = {"rm": "RmConfig", "sft": "SftConfig", "ppo": "PpoConfig", "rrhf": "RrhfConfig", "dpo": "DpoConfig"}
+CONFIGS |= {"best_of_n": "BestOfNConfig", "rft": "RftConfig"}
+SERIES = ("objective/scores", "eval/proxy", "eval/gold", "eval/kl", "eval/length")
+EVAL_SAMPLES = 256  # responses in the final evaluation of a run
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the prompts, the labels and the gold judge come from, and what its start models need."""
+
+    name: str  # as it is asked for: "reviews-16"
+    data: str  # --data of the stages
+    sft: Mapping[str, Any] = field(default_factory=dict)
+    rm: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. stage: a module of rlhf with a `main`. changes: of its configuration's defaults."""
+
+    name: str
+    stage: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """arms: of a task. sections: (title, Markdown, figures) from the finished runs, in the report's order."""
+
+    name: str
+    question: str
+    tasks: tuple[str, ...]
+    arms: Callable[[Task], list[Arm]]
+    report: Callable[[list[dict[str, Any]]], Iterable[tuple[str, str, dict[str, Any]]]]
+
+
+def task(name: str) -> Task:
+    """`reviews-<tokens>`, the generated task; or `rt-polarity`, the sentences in the folder $RLHF_DATA has it in."""
+    if name.startswith("reviews"):
+        return Task(name, name)
+    folder = Path(os.environ.get("RLHF_DATA") or Path(__file__).parents[3] / "shared" / "data") / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"task {name} needs the folder {folder}; RLHF_DATA names the folder it is in")
+    return Task(name, str(folder), rm={"epochs": 4, "token_dropout": 0.4, "batch_size": 8})
+
+
+def prepare(task: Task, folder: Path) -> tuple[Path, Path]:
+    """(supervised model, reward model) of a task, trained once; every arm and seed starts from them."""
+    sft, rm = folder / task.name / "sft", folder / task.name / "rm"
+    stages = (("sft", sft, dict(task.sft)), ("rm", rm, {"init": str(sft), **task.rm}))
+    for stage, target, changes in stages:
+        if not (target / "model").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            _run_stage(stage, {"out": str(target), "data": task.data, "seed": 0, **changes})
+    return sft, rm
+
+
+def measured_run(arm: Arm, seed: int, task: Task, start: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+    """Train one arm with one seed; its curves and a final evaluation on held-out prompts. The run folder goes again."""
+    sft, rm = start
+    out = folder / f"{task.name}-{arm.name}-{seed}".replace("/", "-").replace(" ", "-")
+    shutil.rmtree(out, ignore_errors=True)
+    changes = {
+        key: value.format(sft=sft, rm=rm) if isinstance(value, str) else value for key, value in arm.changes.items()
+    }
+    begin = time.monotonic()
+    settings = {"init": str(sft), "rm": str(rm), "data": task.data, "seed": seed, "out": str(out), **changes}
+    _run_stage(arm.stage, settings)
+    seconds = time.monotonic() - begin
+    lines = read_lines(out / "metrics.jsonl")
+    series = {
+        name: [[line["step"], _short(line[name])] for line in lines if line.get(name) is not None] for name in SERIES
+    }
+    record = {
+        "task": task.name,
+        "arm": arm.name,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "phases": {
+            name.removeprefix("time/"): round(sum(line.get(name) or 0.0 for line in lines), 2)
+            for name in sorted({name for line in lines for name in line if name.startswith("time/")})
+        },
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "series": {name: points for name, points in series.items() if points},
+        "final": final(out, seed, task, start),
+    }
+    shutil.rmtree(out)
+    return record
+
+
+def final(run: Path, seed: int, task: Task, start: tuple[Path, Path]) -> dict[str, float]:
+    """Proxy, gold, KL, length, EOS rate, distinct-2 and the perplexity of responses to the run's held-out prompts."""
+    settings = {"ref": str(start[0]), "rm": str(start[1]), "data": task.data, "seed": seed, "samples": EVAL_SAMPLES}
+    evaluation = evaluate.main(evaluate.EvaluateConfig(run=str(run), out=str(run / "final.json"), **settings))
+    result = read_json(evaluation)
+    means = {name: _short(result[name]["mean"]) for name in ("proxy", "gold", "kl") if name in result}
+    means |= {name: _short(result[name]) for name in ("length", "eos_rate", "distinct_2")}
+    loaded = load_task(task.data, seed)
+    policy, tokenizer = load_policy(str(run))
+    ref, _ = load_policy(str(start[0]))
+    torch.manual_seed(seed)
+    prompts = eval_prompts(loaded.eval_prompts, EVAL_SAMPLES)
+    rollout = generate(policy, tokenizer, prompts, response_length=loaded.response_length)
+    with torch.no_grad():
+        logprobs = response_logprobs(ref, rollout.batch)
+    return means | {"perplexity": _short(math.exp(-logprobs.sum() / rollout.batch.mask.sum()))}
+
+
+def configure(stage: str, settings: Mapping[str, Any]) -> Any:
+    """The configuration of a stage; refuses settings that are none of its flags."""
+    return getattr(importlib.import_module(f"rlhf.{stage}"), CONFIGS[stage])(**settings)
+
+
+def _run_stage(stage: str, settings: Mapping[str, Any]) -> None:
+    importlib.import_module(f"rlhf.{stage}").main(configure(stage, settings))
+
+
+def _short(value: float) -> float:
+    return float(f"{float(value):.5g}")

@@ -1,0 +1,73 @@
+"""RRHF, PPO, best-of-n, rejection-sampling fine-tuning and DPO: what does each make of the same number of samples?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from . import plots
+from .dense import PPO
+from .experiment import Arm, Experiment, Task
+from .statistics import by_seed, difference, interval
+
+BUDGET = 2560  # responses that training samples, in every arm
+EVALS = {"eval_samples": 128}
+COLUMNS = ("proxy", "gold", "kl", "perplexity", "length", "distinct_2")
+
+
+def arms(task: Task) -> list[Arm]:
+    prompts = BUDGET // 4
+    four = {"num_prompts": prompts, "num_candidates": 4, **EVALS}
+    return [
+        Arm("ppo terminal", "ppo", PPO | {"steps": BUDGET // 64, "reward_shaping": "terminal"}),
+        Arm("ppo abc", "ppo", PPO | {"steps": BUDGET // 64, "reward_shaping": "abc", "beta": 0.8}),
+        Arm("rrhf", "rrhf", {"num_prompts": prompts // 4, "num_candidates": 4, "rounds": 4, **EVALS}),
+        Arm("best of 4, SFT on it", "best_of_n", {"n": 4, "num_prompts": prompts, **EVALS}),
+        Arm("rft, 4 rounds", "rft", {"num_prompts": prompts // 8, "num_candidates": 8, "rounds": 4, **EVALS}),
+        Arm("dpo on samples", "dpo", {**four, "pairs": "sampled", "learning_rate": 5e-4, "epochs": 2}),
+    ]
+
+
+def report(records: list[dict[str, Any]]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    for task in dict.fromkeys(record["task"] for record in records):
+        found = [record for record in records if record["task"] == task]
+        names = list(dict.fromkeys(record["arm"] for record in found))
+        lines = [
+            f"| method, {BUDGET} samples | seeds | proxy | gold | KL | perplexity | tokens | distinct-2 | s | MiB |",
+            f"|---|{'--:|' * 9}",
+        ]
+        for name in names:
+            cells = [values(found, name, lambda record, key=key: record["final"][key]) for key in COLUMNS]
+            seconds = values(found, name, lambda record: record["seconds"])
+            memory = values(found, name, lambda record: float(record["peak_rss_mib"]))
+            count = str(cells[0].count)
+            lines.append(
+                f"| {' | '.join([name, count, *map(str, cells), f'{seconds.mean:.0f}', f'{memory.mean:.0f}'])} |"
+            )
+        lines += [
+            "",
+            "Means over the seeds with 95 % confidence intervals, one thread; perplexity under the start model.",
+        ]
+        golds = {name: values(found, name, lambda record: record["final"]["gold"]) for name in names}
+        figures = {f"methods-{task}-gold": plots.bars(golds, "gold reward, held-out prompts")}
+        yield f"Methods at an equal number of samples, {task}", "\n".join([*lines, "", finding(found, names)]), figures
+
+
+def values(records: list[dict[str, Any]], name: str, value: Any) -> Any:
+    return interval(list(by_seed(records, name, value).values()))
+
+
+def finding(records: list[dict[str, Any]], names: list[str]) -> str:
+    """The best by gold, and which of the others it beats beyond the intervals."""
+    golds = {name: by_seed(records, name, lambda record: record["final"]["gold"]) for name in names}
+    best = max(names, key=lambda name: sum(golds[name].values()) / len(golds[name]))
+    beaten, level = [], []
+    for name in names:
+        gap = difference(golds[best], golds[name]) if name != best else None
+        if gap:
+            (beaten if gap.excludes_zero else level).append(f"{name} ({gap})")
+    text = f"Highest gold reward: {best}. Paired by seed it is ahead of {', '.join(beaten) or 'none of the others'}"
+    return f"{text}; not told apart from {', '.join(level)}." if level else f"{text}."
+
+
+EXPERIMENT = Experiment("methods", str(__doc__), ("reviews-16",), arms, report)
