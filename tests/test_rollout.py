@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from rlhf import rollout as rollout_module
+from rlhf.config import UserError
 from rlhf.data import encode_prompt
 from rlhf.model import response_logprobs, train_tokenizer
-from rlhf.rollout import generate, until_eos
+from rlhf.rollout import draw, generate, until_eos
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +36,11 @@ def model(tokenizer):
 PROMPTS = ["one", "two three four", "", "five six"]
 
 
-def replay(monkeypatch, model, rows):
-    """Makes the model's generate() append these rows, as if sampled."""
-    calls = []
-
-    def fake(tokens, attention_mask, generation_config):
-        calls.append(generation_config)
-        return torch.cat([tokens, torch.tensor(rows)], 1)
-
-    monkeypatch.setattr(model, "generate", fake)
-    return calls
+def replay(monkeypatch, rows):
+    """Makes these rows the sampled ones."""
+    columns = iter(torch.tensor(rows).t())
+    monkeypatch.setattr(rollout_module, "KEPT_ALIVE", 0.0)
+    monkeypatch.setattr(rollout_module, "draw", lambda logits, temperature, uniform: next(columns))
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -53,7 +50,7 @@ def test_mask_ends_with_the_first_eos_and_pads_may_be_tokens(monkeypatch, model,
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     word = encode_prompt(tokenizer, "one")[0]
-    replay(monkeypatch, model, [[word, eos, eos, eos], [pad, word, pad, eos], [word] * 4, [eos, eos, eos, eos]])
+    replay(monkeypatch, [[word, eos, eos, eos], [pad, word, pad, eos], [word] * 4, [eos, eos, eos, eos]])
     rollout = generate(model, tokenizer, PROMPTS, response_length=4)
     assert rollout.batch.mask.sum(1).tolist() == [2, 4, 4, 1]
     assert rollout.terminated.tolist() == [True, True, False, True]
@@ -99,6 +96,71 @@ def test_micro_batches_keep_the_order(model, tokenizer):
         kept = rollout.batch.responses[row][rollout.batch.mask[row]].tolist()
         kept = kept[:-1] if rollout.terminated[row] else kept
         assert tokenizer.decode(kept, clean_up_tokenization_spaces=False) == rollout.responses[row]
+
+
+def test_a_row_depends_on_no_other_row(model, tokenizer):
+    """Micro-batches pad each prompt by another width and drop ended rows at other times."""
+    responses = []
+    for size in (None, 1, 3):
+        torch.manual_seed(3)
+        responses.append(generate(model, tokenizer, PROMPTS * 3, response_length=12, micro_batch=size).responses)
+    assert responses[0] == responses[1] == responses[2] and len(set(responses[0])) > 6
+
+
+def small(family, tokenizer):
+    """A model that often ends: rows leave the batch at every length."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common = {"vocab_size": len(tokenizer), "initializer_range": 0.6, "pad_token_id": tokenizer.pad_token_id}
+    if family == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, **common))
+    elif family == "sliding window":
+        model = MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=1, sliding_window=4, **common))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **common))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "sliding window"])
+def test_greedy_tokens_are_those_of_transformers(family, tokenizer):
+    model = small(family, tokenizer)
+    prompts = [" ".join(["one", "two", "three", "four", "five", "six"][i % 3 : 1 + i % 6]) or "six" for i in range(12)]
+    rollout = generate(model, tokenizer, prompts, response_length=10, temperature=1e-4)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+        wanted = model.generate(ids, do_sample=False, max_new_tokens=10, eos_token_id=tokenizer.eos_token_id)
+        wanted = until_eos(wanted[0, ids.shape[1] :].tolist(), tokenizer.eos_token_id)
+        assert rollout.batch.responses[row][rollout.batch.mask[row]].tolist() == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "sliding window"])
+def test_every_place_is_sampled_from_the_scored_distribution(family, tokenizer, monkeypatch):
+    """At each place the mean log-probability of the samples is −entropy, within 5 standard errors."""
+    monkeypatch.setattr(rollout_module, "KEPT_ALIVE", 0.99)
+    model, temperature = small(family, tokenizer), 1.3
+    model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
+    torch.manual_seed(0)
+    rollout = generate(model, tokenizer, PROMPTS * 300, response_length=6, temperature=temperature)
+    logprobs, entropy = response_logprobs(model, rollout.batch, temperature, entropy=True)
+    counts = rollout.batch.mask.sum(0)
+    assert counts[-1] < 0.95 * counts[0]  # rows were dropped on the way
+    for place in range(6):
+        here = rollout.batch.mask[:, place]
+        surprise = (logprobs + entropy)[here, place]
+        assert surprise.mean().abs() < 5 * surprise.std() / counts[place] ** 0.5
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    weights = torch.tensor([[1.0, 0.0, 2.0, 1.0, 0.0]]).expand(7, -1)
+    numbers = torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert draw(weights.log(), 1.0, numbers).tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert draw(weights.log() * 3, 3.0, numbers).tolist() == [0, 0, 2, 2, 2, 3, 3]
+    # A token of probability 1e-9 has its place, which an fp32 sum does not have.
+    rare = torch.tensor([[0.0, -20.7, 0.0]])
+    assert draw(rare, 1.0, torch.tensor([0.5], dtype=torch.float64)).item() == 1
+    with pytest.raises(UserError, match="the policy's logits are NaN or infinite"):
+        draw(torch.full((2, 3), torch.nan), 1.0, numbers[:2])
 
 
 @torch.no_grad()

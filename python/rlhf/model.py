@@ -187,6 +187,10 @@ def _ready(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMode
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if torch.device(device).type == "cpu":
+        from .cpu import speed_up
+
+        speed_up(model)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .config import UserError
 from .data import Batch, collate, decode, encode_prompt
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEPT_ALIVE = 0.75  # rows that have ended leave the batch when no more than this share goes on
 
 
 @dataclass
@@ -57,57 +60,90 @@ def generate(
     """
     if not prompts:
         raise ValueError("generate: prompts must not be empty")
-    config = _generation_config(tokenizer, response_length, temperature)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    sampled: list[list[int]] = []
-    size = micro_batch or len(prompts)
-    for start in range(0, len(prompts), size):
-        sampled += _sample(model, encoded[start : start + size], config)
-    batch = collate(encoded, sampled, pad_id=config.pad_token_id)
-    terminated = torch.tensor([response[-1] == tokenizer.eos_token_id for response in sampled])
-    texts = [response[:-1] if response[-1] == tokenizer.eos_token_id else response for response in sampled]
-    decoded = [decode(tokenizer, each) for each in texts]
-    return Rollout(batch.to(model.device), list(prompts), decoded, terminated.to(model.device), response_length)
-
-
-def _generation_config(
-    tokenizer: PreTrainedTokenizerBase, response_length: int, temperature: float
-) -> GenerationConfig:
-    from transformers import GenerationConfig
-
     if response_length < 1:
         raise ValueError(f"generate: response_length must be at least 1, got {response_length}")
     if not temperature > 0:
         raise ValueError(f"generate: temperature must be greater than 0, got {temperature}")
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=response_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-    )
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    pad = eos if pad is None else pad
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    # One number for each token that may be sampled: a row's tokens depend on no other row and on no micro-batch.
+    uniform = torch.rand(len(prompts), response_length, dtype=torch.float64, device=model.device)
+    sampled: list[list[int]] = []
+    training = model.training
+    model.eval()
+    try:
+        for numbers in uniform.split(micro_batch or len(prompts)):
+            part = encoded[len(sampled) : len(sampled) + len(numbers)]
+            batch = collate(part, [[]] * len(part), pad_id=pad).to(model.device)
+            sampled += sample(model, batch, numbers, temperature, eos)
+    finally:
+        model.train(training)
+    batch = collate(encoded, sampled, pad_id=pad)
+    terminated = torch.tensor([response[-1] == eos for response in sampled])
+    texts = [response[:-1] if response[-1] == eos else response for response in sampled]
+    decoded = [decode(tokenizer, each) for each in texts]
+    return Rollout(batch.to(model.device), list(prompts), decoded, terminated.to(model.device), response_length)
 
 
 @torch.no_grad()
-def _sample(model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """Token ids sampled after each prompt, each cut after its first EOS."""
-    batch = collate(prompts, [[]] * len(prompts), pad_id=config.pad_token_id).to(model.device)
-    # generate() fills what our config leaves open from the model's own one (a top-k, a repetition penalty …), which
-    # would sample from another distribution than the one that is scored.
-    own, training = model.generation_config, model.training
-    model.generation_config = config
-    model.eval()
-    try:
-        tokens = model.generate(  # type: ignore[operator]
-            batch.tokens, attention_mask=batch.attention_mask.long(), generation_config=config
-        )
-    finally:
-        model.generation_config = own
-        model.train(training)
-    return [until_eos(row, config.eos_token_id) for row in tokens[:, batch.prompt_width :].tolist()]
+def sample(model: PreTrainedModel, prompts: Batch, uniform: Tensor, temperature: float, eos_id: int) -> list[list[int]]:
+    """Token ids sampled after each prompt, each row cut after its first EOS.
+
+    Args:
+        prompts: B rows without responses.
+        uniform: [B, T] fp64 in [0, 1), what each token is drawn with; T is the length at which a response is cut.
+    """
+    from .kv_cache import growing_cache
+
+    tokens, mask, positions = prompts.tokens, prompts.attention_mask, prompts.position_ids
+    cache = growing_cache(model)
+    rows = torch.arange(len(tokens), device=tokens.device)  # the responses that the rows of the cache belong to
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    sampled = torch.full(uniform.shape, eos_id, device=tokens.device)
+    for step in range(uniform.shape[1]):
+        logits = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **cache,
+        ).logits[:, -1]
+        drawn = draw(logits, temperature, uniform[rows, step])
+        sampled[rows, step] = drawn
+        alive &= drawn != eos_id
+        left = int(alive.sum())
+        if not left:
+            break
+        tokens, mask, positions = drawn[:, None], extended(mask), positions[:, -1:] + 1
+        if left <= KEPT_ALIVE * len(rows):
+            kept = alive.nonzero().squeeze(1)
+            for each in cache.values():
+                each.batch_select_indices(kept)
+            tokens, mask, positions, rows, alive = (x[kept] for x in (tokens, mask, positions, rows, alive))
+    return [until_eos(row, eos_id) for row in sampled.tolist()]
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """[B] int64: tokens from softmax(logits [B, V] / temperature), each by one number of uniform [B] in [0, 1).
+
+    The inverse of the cumulative distribution, which is summed in fp64: an fp32 sum would lose rare tokens. It takes
+    one pass and one random number where `torch.multinomial` draws one for each of the V tokens.
+    """
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise UserError("the policy's logits are NaN or infinite: there is nothing to sample from")
+    # The first token at which the sum exceeds the number; one of probability 0 never is.
+    return (
+        torch.searchsorted(cumulative, uniform[:, None] * total, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    )
+
+
+def extended(mask: Tensor) -> Tensor:
+    """[B, L + 1]: the mask with one more column of True."""
+    return torch.nn.functional.pad(mask, (0, 1), value=True)
 
 
 def until_eos(tokens: list[int], eos_id: int) -> list[int]:
