@@ -127,6 +127,18 @@ def test_credit_sums_to_the_score(tmp_path, start, shaping):
             assert max(map(abs, sample["credit"][:-1]), default=0) < 1e-5
 
 
+def test_other_shapings_of_the_same_responses(tmp_path, start):
+    kinds = ("terminal", "uniform", "abc", "abc-d", "prefix-diff", "grad-x-input", "value-attention")
+    folder = ppo.main(config(tmp_path / "run", start, steps=1, compare_shapings=kinds))
+    for sample in map(json.loads, (folder / "samples.jsonl").read_text().splitlines()):
+        credits = sample["credit_by_shaping"]
+        assert tuple(credits) == kinds and credits["terminal"] == sample["credit"]
+        for kind, values in credits.items():
+            assert len(values) == len(sample["tokens"]), kind
+            assert sum(values) == pytest.approx(sample["score"], abs=1e-4), kind
+        assert len({tuple(values) for values in credits.values()}) == len(kinds) or len(sample["tokens"]) == 1
+
+
 def test_rollout_record(experience):
     record = rollout_record(experience, 3)
     mask, kl = experience.batch.mask, experience.kl

@@ -21,6 +21,8 @@ METHODS = {
     "ppo-abc": "PPO attention credit",
 }
 
+# Whose credit for the same responses the report shows side by side.
+SHAPINGS = ("terminal", "uniform", "abc", "abc-d", "prefix-diff", "grad-x-input", "value-attention")
 
 # A few thousand human-labelled texts: a reward model learns them by heart unless tokens are hidden from it.
 SMALL_DATA: dict[str, Any] = {"epochs": 4, "token_dropout": 0.4, "batch_size": 8}
@@ -62,7 +64,9 @@ def main(config: DemoConfig) -> Path:
     rrhf.main(rrhf.RrhfConfig(out=str(folders["rrhf"]), **start))
     for number, shaping in ((5, "terminal"), (6, "abc")):
         say(f"{number}/7  {METHODS[f'ppo-{shaping}']}")
-        ppo.main(ppo.PpoConfig(out=str(folders[f"ppo-{shaping}"]), reward_shaping=shaping, **start))
+        shown = SHAPINGS if shaping == "abc" else ()
+        target = str(folders[f"ppo-{shaping}"])
+        ppo.main(ppo.PpoConfig(out=target, reward_shaping=shaping, compare_shapings=shown, **start))
     say("7/7  evaluation on held-out prompts, and the report")
     for name in METHODS:
         evaluate.main(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from .config import UserError
 from .data import Task, decode_tokens, epoch_order, load_task
 from .evaluate import Evaluator, Judges, eval_prompts
-from .experience import Models, make_experience, rollout_metrics, rollout_record
+from .experience import Models, make_experience, rollout_metrics, rollout_record, score_rollout
 from .gold_model import with_gold
 from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl, measured_kl
@@ -176,6 +177,10 @@ def credit_samples(
         micro_batch=config.micro_batch,
     )
     experience = make_experience(models, rollout, config, kl_coef, run)
+    others = {
+        kind: score_rollout(models, rollout, replace(config, reward_shaping=kind))[1]
+        for kind in config.compare_shapings
+    }
     gold = task.gold(rollout.prompts, rollout.responses) if task.gold else [None] * len(prompts)
     for row, prompt in enumerate(prompts):
         mask = rollout.batch.mask[row]
@@ -187,4 +192,5 @@ def credit_samples(
             "rewards": experience.rewards[row][mask].tolist(),
             "score": experience.scores[row].item(),
             "gold": gold[row],
+            "credit_by_shaping": {kind: earned[row][mask].tolist() for kind, earned in others.items()},
         }

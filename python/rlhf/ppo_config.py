@@ -131,6 +131,9 @@ class PpoConfig(CommonConfig):
     eval_samples: int = option(128, "responses in an evaluation", low=1)
     stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
     num_samples: int = option(8, "held-out responses whose credit is written to samples.jsonl at the end", low=0)
+    compare_shapings: tuple[str, ...] = option(
+        (), "shapings whose credit for the same responses is written beside", choices=KINDS[:-1]
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +145,8 @@ class PpoConfig(CommonConfig):
         if self.reward_fn is None and self.reward_shaping == "span":
             raise UserError("reward_shaping span is what a reward function says, so it needs reward_fn; got rm")
         self.shaping()
+        if self.reward_fn is not None and (asked := set(self.compare_shapings) & set(OF_REWARD_MODEL)):
+            raise UserError(f"compare_shapings {', '.join(sorted(asked))} need rm, got reward_fn")
         if self.batch_size % self.num_mini_batches:
             raise UserError(
                 f"batch_size must be a multiple of num_mini_batches {self.num_mini_batches}, got {self.batch_size}"
