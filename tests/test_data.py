@@ -106,16 +106,16 @@ def test_bad_rows_name_file_and_line(tmp_path, row, message):
 
 
 def test_bad_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match='data must be "reviews" or a file or folder'):
+    with pytest.raises(FileNotFoundError, match='data must be "reviews", a file, a folder or a hub name'):
         load_task(str(tmp_path / "absent.jsonl"), seed=0)
-    with pytest.raises(UserError, match=r"no \.jsonl or \.json file"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv, \.tsv, \.parquet file"):
         load_task(str(tmp_path), seed=0)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no rows"):
         load_task(str(tmp_path / "empty.jsonl"), seed=0)
-    (tmp_path / "table.csv").write_text("prompt,response\n")
-    with pytest.raises(UserError, match=r"must be a \.jsonl or \.json file"):
-        load_task(str(tmp_path / "table.csv"), seed=0)
+    (tmp_path / "notes.txt").write_text("prompt")
+    with pytest.raises(UserError, match=r"must be a \.jsonl, \.json, \.csv, \.tsv, \.parquet file"):
+        load_task(str(tmp_path / "notes.txt"), seed=0)
 
 
 @pytest.mark.parametrize("count, fraction, held_out", [(10, 0.2, 2), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)])

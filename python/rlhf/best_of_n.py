@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, own_source
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
-from .data import Task, collate, epoch_order, load_task
+from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .data import Task, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
 from .gold_model import GOLD, with_gold
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfNConfig(CommonConfig):
+class BestOfNConfig(DataConfig, CommonConfig):
     init: str = option(MISSING, "policy that samples and is then trained: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model: run folder, model folder or hub name")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
-    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    data: str = option("reviews", DATA + "the prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     n: int = option(4, "responses sampled for each prompt, of which the best is kept", low=2)
     num_prompts: int = option(768, "prompts sampled for; they repeat if there are fewer", low=1)
@@ -114,7 +114,7 @@ def main(config: BestOfNConfig) -> Path:
     run = Run.create(config.out, "best-of-n", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = with_gold(load_task(config.data, config.seed), config)
+    task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     sampler, tokenizer = load_policy(config.init, **where)

@@ -7,7 +7,7 @@ the data that provides them. What people chose in the data is a candidate like a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .chat import Chat
 from .config import UserError
-from .data import Batch, Ranking, collate, decode, encode_prompt, encode_response, parse_row, read_rows
+from .data import Batch, Ranking, collate, decode, encode_prompt, encode_response
 from .decoding import beam_search, nucleus_sample
+from .formats import Parser
 from .model import load_policy, response_logprobs
+from .readers import read_rows
 from .rollout import Rollout, generate
 from .scorer import Scorer
 
@@ -139,18 +142,19 @@ def model_source(
     return Source(name, draw)
 
 
-def read_candidates(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Candidates]:
+def read_candidates(
+    path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str] | None = None
+) -> list[Candidates]:
     """The provided candidates of a file or folder; a row that is no ranking is an error with its file and line."""
     found = []
-    for where, row in read_rows(Path(path)):
-        ranking = parse_row(where, row)
-        if not isinstance(ranking, Ranking):
+    parse = Parser(Chat(tokenizer=tokenizer), columns)
+    for where, values, source, _ in read_rows(Path(path)):
+        ranking = parse(where, values, source).ranking
+        if ranking is None:
             raise UserError(
                 f'{where}: a row of candidates must have "prompt", "responses" and "scores", or "chosen" and "rejected"'
             )
         found.append(provided_candidates(ranking, tokenizer))
-    if not found:
-        raise UserError(f"{path}: no rows")
     return found
 
 

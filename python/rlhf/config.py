@@ -54,6 +54,35 @@ class CommonConfig:
             raise UserError("resume and overwrite exclude each other, got both")
 
 
+DATA = '"reviews", a folder, a file or a hub name: gives '
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The flags by which a stage that reads data finds its way in it."""
+
+    dataset_config: str | None = option(None, "configuration of a hub data set")
+    prompt_key: str | None = option(None, "name of the prompt's column in your data; so for the flags that follow")
+    response_key: str | None = option(None, "column of the response of a demonstration, or of one that was judged")
+    chosen_key: str | None = option(None, "column of the better response of a pair")
+    rejected_key: str | None = option(None, "column of the worse response of a pair")
+    responses_key: str | None = option(None, "column of several responses")
+    scores_key: str | None = option(None, "column of their scores")
+    score_key: str | None = option(None, "column of the score of one response")
+    label_key: str | None = option(None, "column that says whether one response is good")
+    margin_key: str | None = option(None, "column of the wanted score difference of a pair")
+    probability_key: str | None = option(None, "column of the probability that the better response is better")
+    annotator_key: str | None = option(None, "column of who gave the score")
+    source_key: str | None = option(None, "column of the data set's name, for measurements of each")
+    messages_key: str | None = option(None, "column of a conversation")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Our name of a column → the name in the data, for those that a flag names."""
+        keys = [field.name for field in fields(DataConfig) if field.name.endswith("_key")]
+        return {key.removesuffix("_key"): getattr(self, key) for key in keys if getattr(self, key) is not None}
+
+
 REWARD_FN = "path.py:function that scores instead of the reward model: (prompts, completions, **columns) → list"
 
 RM_CHAT_TEMPLATE = "show texts to the reward model as its tokenizer's chat template writes them"

@@ -9,18 +9,15 @@ The two rules that every stage shares stand here, once each:
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-
-from .config import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,11 +35,20 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Responses to one prompt and their scores: higher is better, equal scores are a tie."""
+    """Responses to one prompt and their scores: higher is better, equal scores are a tie.
+
+    margin: wanted score difference of a pair. probability: that the first of a pair, which has the higher score, is
+    better; None where that is certain. annotators: who gave each score; empty where that is not known. source: the data
+    set that it is from.
+    """
 
     prompt: str
     responses: tuple[str, ...]
     scores: tuple[float, ...]
+    margin: float | None = None
+    probability: float | None = None
+    annotators: tuple[str, ...] = ()
+    source: str = ""
 
 
 Gold = Callable[[list[str], list[str]], list[float]]
@@ -61,6 +67,8 @@ class Task:
     response_length: int
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The first row of the data with each prompt: its columns reach a reward function."""
+    cut_prompts: int = 0
+    """Rows whose prompt was found by cutting back what two responses share."""
 
     def texts(self) -> list[str]:
         """Every training text, for a tokenizer that is trained on the data."""
@@ -69,14 +77,23 @@ class Task:
         return demonstrations + ranked + ([] if demonstrations or ranked else list(self.prompts))
 
 
-def load_task(data: str, seed: int) -> Task:
+def load_task(
+    data: str,
+    seed: int,
+    *,
+    model: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    dataset_config: str | None = None,
+) -> Task:
     """The task of a data source; splits are disjoint and a function of the seed.
 
     Args:
         data: "reviews", the generated task ("reviews-96": of up to 96 tokens a response); or a folder with `*.pos` and
-            `*.neg` files of one sentence a line; or a .jsonl or .json file, or a folder of them, with rows {"prompt",
-            "response"}, {"prompt", "chosen", "rejected"}, {"prompt", "responses", "scores"} or {"prompt"}.
+            `*.neg` files of one sentence a line; or a file or a folder of rows, or "owner/name" of a hub, in the forms
+            of `formats.py`.
         seed: of the generated texts and of every split.
+        model: whose chat template renders messages; without one, or where it has none, they become a plain transcript.
+        columns: our name of a column → its name in the rows. dataset_config: which configuration of a hub data set.
 
     Raises:
         UserError: a row that fits none of the forms (file and line are named), or nothing to read.
@@ -87,120 +104,31 @@ def load_task(data: str, seed: int) -> Task:
 
         return reviews_task(seed, int(generated[1] or RESPONSE_LENGTH))
     path = Path(data)
-    if not path.exists():
-        raise FileNotFoundError(f'data must be "reviews" or a file or folder, got {data}: it does not exist')
     if path.is_dir() and any(path.glob("*.pos")):
         from .sentences import sentences_task
 
         return sentences_task(path, seed)
-    return rows_task(path, seed)
+    from .rows import rows_task
+
+    return rows_task(data, seed, model=model, columns=columns, dataset_config=dataset_config)
 
 
-# Rows of .jsonl and .json files
-
-
-def rows_task(path: Path, seed: int) -> Task:
-    """A task from rows of .jsonl or .json files; there is no gold judge for them."""
-    demonstrations: list[Demonstration] = []
-    rankings: list[Ranking] = []
-    prompts: dict[str, dict[str, Any]] = {}
-    for where, row in read_rows(path):
-        parsed = parse_row(where, row)
-        prompts.setdefault(row["prompt"], row)
-        if isinstance(parsed, Demonstration):
-            demonstrations.append(parsed)
-        elif isinstance(parsed, Ranking):
-            rankings.append(parsed)
-    if not prompts:
-        raise UserError(f"{path}: no rows")
-    heldout_prompts, train_prompts = split(list(prompts), seed)
-    heldout = set(heldout_prompts)
-    return Task(
-        name=path.stem,
-        demonstrations=[each for each in demonstrations if each.prompt not in heldout],
-        rankings=[each for each in rankings if each.prompt not in heldout],
-        heldout_rankings=[each for each in rankings if each.prompt in heldout],
-        prompts=train_prompts,
-        eval_prompts=heldout_prompts,
-        gold=None,
-        response_length=FILE_RESPONSE_LENGTH,
-        rows=prompts,
+def task_of(config: StageConfig, model: str | None) -> Task:
+    """`load_task` with the flags of a stage."""
+    return load_task(
+        config.data, config.seed, model=model, columns=config.columns, dataset_config=config.dataset_config
     )
 
 
-def read_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(where, row) of every row under `path`; `where` is "file:line" ("file, row n" in a .json list)."""
-    files = sorted(each for each in path.iterdir() if each.suffix in (".jsonl", ".json")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no .jsonl or .json file (and no .pos and .neg files) in this folder")
-    for file in files:
-        if file.suffix not in (".jsonl", ".json"):
-            raise UserError(f"{file}: must be a .jsonl or .json file, or a folder")
-        text = file.read_text(encoding="utf-8")
-        for where, row in _list_rows(file, text) if text.lstrip().startswith("[") else _line_rows(file, text):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
-            yield where, row
-
-
-def _line_rows(file: Path, text: str) -> Iterable[tuple[str, Any]]:
-    # Not splitlines(): it also cuts at characters such as U+2028 that may stand unescaped inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{file}:{number}", _parse_json(file, line, number - 1)
-
-
-def _list_rows(file: Path, text: str) -> Iterable[tuple[str, Any]]:
-    for number, row in enumerate(_parse_json(file, text, 0), 1):
-        yield f"{file}, row {number}", row
-
-
-def _parse_json(file: Path, text: str, lines_before: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{lines_before + error.lineno}: not JSON: {error.msg}") from None
-
-
-def parse_row(where: str, row: dict[str, Any]) -> Demonstration | Ranking | None:
-    """The demonstration or ranking in a row, None for one with a prompt and columns that say nothing of responses."""
-    prompt = _text(where, row, "prompt")
-    if "responses" in row or "scores" in row:
-        return Ranking(prompt, *_scored_responses(where, row))
-    if "chosen" in row or "rejected" in row:
-        return Ranking(prompt, (_text(where, row, "chosen"), _text(where, row, "rejected")), (1.0, 0.0))
-    if "response" in row:
-        return Demonstration(prompt, _text(where, row, "response"))
-    return None
-
-
-def _text(where: str, row: dict[str, Any], key: str) -> str:
-    if key not in row:
-        raise UserError(f'{where}: a row must have "{key}", got {_keys(row)}')
-    if not isinstance(row[key], str):
-        raise UserError(f'{where}: "{key}" must be a string, got {row[key]!r:.60}')
-    return row[key]
-
-
-def _scored_responses(where: str, row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    for key in ("responses", "scores"):
-        if not isinstance(row.get(key), list):
-            raise UserError(f'{where}: "{key}" must be a list, got {row.get(key)!r:.60}')
-    responses, scores = row["responses"], row["scores"]
-    if not responses or len(responses) != len(scores):
-        raise UserError(f"{where}: wanted one score for each response, got {len(responses)} and {len(scores)}")
-    for each in responses:
-        if not isinstance(each, str):
-            raise UserError(f'{where}: each of "responses" must be a string, got {each!r:.60}')
-    for each in scores:
-        # bool is an int to Python; NaN and infinities cannot be ranked.
-        if isinstance(each, bool) or not isinstance(each, (int, float)) or not abs(each) < float("inf"):
-            raise UserError(f'{where}: each of "scores" must be a finite number, got {each!r:.60}')
-    return tuple(responses), tuple(float(each) for each in scores)
-
-
-def _keys(row: dict[str, Any]) -> str:
-    return ", ".join(f'"{key}"' for key in row) or "no keys"
+class StageConfig(Protocol):
+    @property
+    def data(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def columns(self) -> dict[str, str]: ...
+    @property
+    def dataset_config(self) -> str | None: ...
 
 
 def split(items: Sequence[Any], seed: int, fraction: float = HELDOUT_FRACTION) -> tuple[list[Any], list[Any]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .candidates import Candidates, draw_candidates, own_source, provided_candidates
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
-from .data import Batch, Task, collate, epoch_order, load_task
+from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .data import Batch, Task, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(CommonConfig):
+class DpoConfig(DataConfig, CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     ref: str | None = option(None, "reference policy; --init unless given")
     rm: str | None = option(None, "reward model that scores the samples of --pairs sampled, and the evaluations")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
-    data: str = option("reviews", '"reviews", a folder or a file: gives the rankings, the prompts and the gold judge')
+    data: str = option("reviews", DATA + "the rankings, the prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     pairs: str = option("data", "the data's rankings, or samples of --init scored by --rm", choices=("data", "sampled"))
     pairing: str = option(
@@ -230,7 +230,7 @@ def main(config: DpoConfig) -> Path:
     run = Run.create(config.out, "dpo", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = with_gold(load_task(config.data, config.seed), config)
+    task = with_gold(task_of(config, config.init), config)
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(config.init, **where)
     ref = load_policy(config.ref or config.init, **where)[0]

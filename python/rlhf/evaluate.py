@@ -14,8 +14,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, UserError, check_options, check_scorer, option
-from .data import Gold, Task, load_task
+from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, DataConfig, UserError, check_options, check_scorer, option
+from .data import Gold, Task, task_of
 from .files import plain, write_atomically
 from .gold_model import GOLD, with_gold
 from .model import load_policy, load_reward_model, response_logits
@@ -31,13 +31,13 @@ DESCRIBED = ("length", "eos_rate", "entropy", "distinct_1", "distinct_2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(DataConfig):
     run: str = option(MISSING, "run folder (or model) to evaluate")
     ref: str | None = option(None, "start model for the KL; the run's own --init unless given")
     rm: str | None = option(None, "reward model for the proxy reward; the run's own --rm or --reward-fn unless given")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
-    data: str = option("reviews", '"reviews", a folder or a file: gives the held-out prompts and the gold judge')
+    data: str = option("reviews", DATA + "the held-out prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     against: str | None = option(None, "another run folder (or model): print the win rate over it")
     out: str | None = option(None, "file to write; <run>/evaluation.json unless given")
@@ -238,7 +238,7 @@ def main(config: EvaluateConfig) -> Path:
         raise FileExistsError(f"{target} is there; --overwrite replaces it")
     own = json.loads((folder / "run.json").read_text())["config"] if (folder / "run.json").exists() else {}
     device = resolve_device(config.device)
-    task = with_gold(load_task(config.data, config.seed), config)
+    task = with_gold(task_of(config, config.run), config)
     policy, tokenizer = load_policy(config.run, device=device, dtype=config.dtype)
     ref = config.ref or own.get("init")
     if config.rm is None and config.reward_fn is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .aliases import ALIASES, TRLX_METHOD, Alias
-from .config import CommonConfig, UserError, range_text
+from .config import CommonConfig, DataConfig, UserError, range_text
 from .presets import PRESETS
 
 
@@ -48,7 +48,7 @@ def make_parser(stage: str, description: str, config_class: type) -> Parser:
         names = "{" + ",".join(PRESETS[stage]) + "}"
         flags.add_argument("--preset", metavar=names, help="the conventions of a reference; --config and flags win")
     types_of = typing.get_type_hints(config_class)
-    shared = {field.name for field in dataclasses.fields(CommonConfig)}
+    shared = {field.name for part in (CommonConfig, DataConfig) for field in dataclasses.fields(part)}
     fields = dataclasses.fields(config_class)
     for field in sorted(fields, key=lambda field: (not _required(field), field.name in shared)):
         kind, _, many = _kind(types_of[field.name])

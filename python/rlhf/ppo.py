@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import UserError
-from .data import Task, decode_tokens, epoch_order, load_task
+from .data import Task, decode_tokens, epoch_order, task_of
 from .evaluate import Evaluator, Judges, eval_prompts
 from .experience import Models, make_experience, rollout_metrics, rollout_record, score_rollout
 from .gold_model import with_gold
@@ -39,7 +39,7 @@ def main(config: PpoConfig) -> Path:
     """Train and return the run folder: model/, value/, metrics.jsonl, rollouts.jsonl, samples.jsonl."""
     run = Run.create(config.out, "ppo", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    task = with_gold(load_task(config.data, config.seed), config)
+    task = with_gold(task_of(config, config.init), config)
     response_length = config.response_length or task.response_length
     checkpoint = run.load_checkpoint()
     models, optimizer = prepare(config, checkpoint, task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
+from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
 from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
 from .gold_model import GOLD
 from .kl_penalty import IN_LOSS, IN_REWARD
@@ -19,13 +19,13 @@ MEASURES = ("seq_sum", "token_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoConfig(CommonConfig):
+class PpoConfig(DataConfig, CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model: run folder, model folder or hub name")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
-    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    data: str = option("reviews", DATA + "the prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     steps: int = option(25, "rollouts, each followed by its updates", low=1)
     batch_size: int = option(128, "responses sampled a step, one a prompt", low=1)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, mean_score, own_source
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
-from .data import Batch, collate, epoch_order, load_task
+from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .data import Batch, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
@@ -37,13 +37,13 @@ all lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RftConfig(CommonConfig):
+class RftConfig(DataConfig, CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model: run folder, model folder or hub name")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
-    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    data: str = option("reviews", DATA + "the prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     rounds: int = option(3, "times that responses are sampled anew from the policy", low=1)
     num_prompts: int = option(256, "prompts sampled for in each round; they repeat if there are fewer", low=1)
@@ -163,7 +163,7 @@ def main(config: RftConfig) -> Path:
     run = Run.create(config.out, "rft", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = with_gold(load_task(config.data, config.seed), config)
+    task = with_gold(task_of(config, config.init), config)
     if not task.prompts:
         raise UserError(f"{config.data}: the data has no prompts to sample from")
     checkpoint = run.load_checkpoint()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import CommonConfig, UserError, option
-from .data import Ranking, Task, collate, encode_text, epoch_order, load_task
+from .config import DATA, CommonConfig, DataConfig, UserError, option
+from .data import Ranking, Task, collate, encode_text, epoch_order, task_of
 from .guard import Guard, check_finite
 from .model import last_attended, load_reward_model, scores, set_score_normalization
 from .run import Run, resolve_device, seed_everything
@@ -33,11 +33,11 @@ CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class RmConfig(CommonConfig):
+class RmConfig(DataConfig, CommonConfig):
     init: str = option(
         MISSING, 'start weights: run or model folder, hub name or "tiny"; a causal model gets a new head'
     )
-    data: str = option("reviews", '"reviews", a folder or a file: gives the rankings')
+    data: str = option("reviews", DATA + "the rankings")
     objective: str = option(
         "pairwise", "pairwise: order of the scores; absolute: their values", choices=("pairwise", "absolute")
     )
@@ -266,7 +266,7 @@ def main(config: RmConfig) -> Path:
     run = Run.create(config.out, "rm", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = task_of(config, config.init)
     rankings = usable(config, task)
 
     checkpoint = run.load_checkpoint()

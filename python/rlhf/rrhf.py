@@ -33,8 +33,8 @@ from .candidates import (
     score_candidates,
     source_metrics,
 )
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, UserError, check_scorer, option
-from .data import Task, epoch_order, load_task
+from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .data import Task, epoch_order, task_of
 from .evaluate import Evaluator, Judges
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RrhfConfig(CommonConfig):
+class RrhfConfig(DataConfig, CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     rm: str | None = option(None, "reward model that scores the candidates; --candidates alone can do without")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL; --init unless given")
-    data: str = option("reviews", '"reviews", a folder or a file: gives the prompts and the gold judge')
+    data: str = option("reviews", DATA + "the prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     candidates: str | None = option(
         None, "file or folder of rows with responses and scores, or chosen and rejected: provided candidates"
@@ -336,7 +336,8 @@ def provided_of(config: RrhfConfig, task: Task, tokenizer: PreTrainedTokenizerBa
     if config.candidates is None or not config.uses_provided:
         return []
     heldout = set(task.eval_prompts)
-    found = [each for each in read_candidates(config.candidates, tokenizer) if each.prompt not in heldout]
+    read = read_candidates(config.candidates, tokenizer, config.columns)
+    found = [each for each in read if each.prompt not in heldout]
     if not found:
         raise UserError(f"{config.candidates}: every prompt is held out for evaluation")
     return found
@@ -350,7 +351,7 @@ def main(config: RrhfConfig) -> Path:
     run = Run.create(config.out, "rrhf", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = with_gold(load_task(config.data, config.seed), config)
+    task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)

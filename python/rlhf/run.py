@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
+from .chat import renderer_hash
 from .checkpoint import Unreadable, read_state, write_state
 from .config import UserError
 from .files import append_line, clear, new_folder, plain, read_lines, recover, write_atomically, write_json
@@ -370,9 +371,10 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def _save_pretrained(folder: Path, model: Any, tokenizer: Any) -> None:
-    model.save_pretrained(folder)
     if tokenizer is not None:
+        model.config.renderer_hash = renderer_hash(tokenizer)  # what later stages must render messages with
         tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _summary_writer(folder: Path, resumed_step: int | None) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import CommonConfig, UserError, option
-from .data import Batch, Demonstration, Task, collate, encode_prompt, encode_response, epoch_order, load_task, split
+from .config import DATA, CommonConfig, DataConfig, UserError, option
+from .data import Batch, Demonstration, Task, collate, encode_prompt, encode_response, epoch_order, split, task_of
 from .guard import Guard, check_finite
 from .model import load_policy, response_logits
 from .run import Run, resolve_device, seed_everything
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(CommonConfig):
+class SftConfig(DataConfig, CommonConfig):
     model: str = option("tiny", '"tiny" (a small Llama from scratch), a run or model folder, or a hub name')
-    data: str = option("reviews", '"reviews", a folder or a file: gives the demonstrations')
+    data: str = option("reviews", DATA + "the demonstrations")
     epochs: int = option(5, "passes over the demonstrations", low=1)
     max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given", low=1)
     batch_size: int = option(64, "demonstrations in an optimiser step", low=1)
@@ -144,7 +144,7 @@ def main(config: SftConfig) -> Path:
     run = Run.create(config.out, "sft", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = task_of(config, config.model)
     texts = demonstrations(task)
     heldout, train = split(texts, config.seed, config.eval_fraction) if config.eval_fraction else ([], texts)
 
