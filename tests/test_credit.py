@@ -9,7 +9,9 @@ from rlhf.attribution import attention, grad_x_input, prefix_differences, value_
 from rlhf.config import UserError
 from rlhf.credit import OF_REWARD_MODEL, Shaping, complete, reward_model_credit, shaped_scores, spread, token_scores
 from rlhf.data import collate
+from rlhf.flags import make_parser, parse_config
 from rlhf.model import load_policy, scores
+from rlhf.ppo_config import PpoConfig
 from rlhf.reading import read_same
 from rlhf.rollout import Rollout
 
@@ -212,3 +214,19 @@ def test_credit_that_needs_no_reward_model(start):
     ):
         earned = token_scores(shaping, rollout, score, None, policy)
         torch.testing.assert_close(earned, expected * score[:, None], atol=1e-6, rtol=1e-5)
+
+
+def test_the_flags_of_shaping():
+    words = (
+        "--out o --init i --rm r --reward-shaping abc-d --beta 0.5 --gamma 0.9 --exact-potential --head-reduction max"
+    )
+    words += " --attention-layers -1 -2 --attention-heads 0 3 --abc-d-shift 1"
+    config = parse_config(make_parser("ppo", "", PpoConfig), "ppo", PpoConfig, words.split())
+    choice = AttentionChoice((-1, -2), (0, 3), "max")
+    assert config.shaping() == Shaping("abc-d", beta=0.5, gamma=0.9, attention=choice, shift=1)
+    plain = PpoConfig(out="o", init="i", rm="r", gamma=0.9)
+    assert plain.shaping() == Shaping("terminal", beta=0.8) and plain.estimator == "gae"
+    with pytest.raises(UserError, match="reward_shaping span is what a reward function says, so it needs reward_fn"):
+        PpoConfig(out="o", init="i", rm="r", reward_shaping="span")
+    with pytest.raises(UserError, match="attention_layers must be -1 for value-attention"):
+        PpoConfig(out="o", init="i", rm="r", reward_shaping="value-attention", attention_layers=(-1, -2))

@@ -10,12 +10,13 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .data import Batch
+from .data import Batch, epoch_order
+from .feedback_data import Marked, batch_of
 from .guard import check_finite
 from .model import response_logits, response_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOSSES = ("bandit", "unlikelihood", "ppo")
 
@@ -62,6 +63,35 @@ def feedback_backward(
         sums["kl"] += (share * kl).item()
     check_finite(feedback_loss=sums["loss"])
     return sums
+
+
+@dataclass(frozen=True)
+class FeedbackTerm:
+    """Marked responses as one more loss of another stage's steps: `weight` times `feedback_loss`, on batches of them.
+
+    They were written before, by another policy than the one that trains: they cannot be rewards of its rollouts.
+    """
+
+    rows: list[Marked]
+    tokenizer: PreTrainedTokenizerBase
+    ref: PreTrainedModel
+    config: LossConfig
+    weight: float
+    batch_size: int
+    seed: int
+
+    def backward(self, policy: PreTrainedModel, number: int) -> Tensor:
+        """Adds the gradient of batch `number` (from 0, a function of it and the seed) and returns the loss, 0-d."""
+        first, chosen = number * self.batch_size, []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, len(self.rows))
+            chosen.append(self.rows[epoch_order(len(self.rows), self.seed, epoch)[place]])
+        batch, labels = batch_of(chosen, self.tokenizer)
+        device = policy.device
+        found = feedback_backward(
+            policy, self.ref, batch.to(device), labels.to(device), self.config, weight=self.weight
+        )
+        return torch.tensor(found["loss"], device=device)
 
 
 def feedback_loss(

@@ -109,6 +109,8 @@ class Retokenizer:
     The text is tokenised as a whole, and its response found by byte offset: a token may stand on the border. It is
     prompt + response, and EOS where the policy ended it; with `chat_template` it is what the reward model's template
     makes of the two as a user's and an assistant's message (cut after the response where the policy did not end it).
+
+    `rlhf rm` tokenises prompt and response apart: its models have seen the same tokens unless one crosses the border.
     """
 
     tokenizer: PreTrainedTokenizerBase
