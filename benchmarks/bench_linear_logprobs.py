@@ -18,9 +18,9 @@ from .harness import Case, Work, sliced
 
 def cases() -> list[Case]:
     return [
-        Case({"N": 1024, "H": 1024, "V": 50257}),
-        Case({"N": 1024, "H": 1024, "V": 50257}, variant="frozen head"),
         Case({"N": 1024, "H": 1024, "V": 50257}, torch.bfloat16),
+        Case({"N": 1024, "H": 1024, "V": 50257}, torch.bfloat16, "frozen head"),
+        Case({"N": 512, "H": 1024, "V": 50257}),
         Case({"N": 32, "H": 16, "V": 1009}, quick=True),
         Case({"N": 32, "H": 16, "V": 1009}, variant="frozen head", quick=True),
         Case({"N": 8192, "H": 4096, "V": 128256}, torch.bfloat16, device="cuda"),

@@ -23,8 +23,8 @@ from .harness import Case, Work
 
 def cases() -> list[Case]:
     return [
-        Case({"N": 1024, "H": 1024, "V": 50257}),
         Case({"N": 1024, "H": 1024, "V": 50257}, torch.bfloat16),
+        Case({"N": 512, "H": 1024, "V": 50257}),
         Case({"N": 32, "H": 16, "V": 1009}, quick=True),
         Case({"N": 8192, "H": 4096, "V": 128256}, torch.bfloat16, device="cuda"),
     ]

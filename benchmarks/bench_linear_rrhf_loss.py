@@ -19,7 +19,7 @@ from .harness import Case, Work
 
 def cases() -> list[Case]:
     return [
-        Case({"K": 16, "T": 64, "H": 1024, "V": 50257}),
+        Case({"K": 16, "T": 64, "H": 1024, "V": 50257}, torch.bfloat16),
         Case({"K": 8, "T": 4, "H": 16, "V": 1009}, quick=True),
         Case({"K": 32, "T": 128, "H": 4096, "V": 128256}, torch.bfloat16, device="cuda"),
     ]

@@ -44,14 +44,14 @@ CURVES = (
     Curve("token_logprobs", "V", (1000, 8000, 32000, 128256, 256000), Case({"N": 128, "V": 0}), LOGPROBS),
     Curve("rollout_advantages", "T", (64, 256, 1024, 4096), Case(ROLLOUT), GAE),
     Curve("attention_row", "T", (128, 512, 2048), Case(HEADS), MAP),
-    Curve("linear_ppo_loss", "V", (2000, 16000, 128256), Case(LINEAR), TORCH),
+    Curve("linear_ppo_loss", "V", (2000, 16000, 128256), Case(LINEAR, torch.bfloat16), TORCH),
     Curve("fused_ppo_loss", "V", (1000, 8000, 50257), Case({"B": 8, "T": 64, "V": 0}), TORCH),
     Curve("token_logprobs", "N", (16, 128, 1024), Case({"N": 0, "V": 50257}), LOGPROBS),
     Curve("token_logprobs", THREADS, (), Case({"N": 512, "V": 50257}), LOGPROBS),
     Curve("rollout_advantages", THREADS, (), Case(ROLLOUT), GAE),
     Curve("attention_row", THREADS, (), Case(HEADS), TORCH),
-    Curve("linear_ppo_loss", THREADS, (), Case(LINEAR), TORCH),
-    Curve("linear_ppo_loss", "N", (64, 256, 1024), Case(LINEAR), TORCH),
+    Curve("linear_ppo_loss", THREADS, (), Case(LINEAR, torch.bfloat16), TORCH),
+    Curve("linear_ppo_loss", "N", (64, 256, 1024), Case(LINEAR, torch.bfloat16), TORCH),
     Curve("gae", "T", (64, 256, 1024, 4096), Case(ROLLOUT), (*GAE, "torchrl loop")),
 )
 

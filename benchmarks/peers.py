@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_AT_A_TIME = 64  # sequences' worth of tokens, for what loops over the first dimension in Python
+CHUNK = 256  # tokens, of what takes a sequence or a few at a time
 
 
 def of(package: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | str:
@@ -61,7 +62,7 @@ def trl_chunked_logprob() -> Callable[..., Any]:
 def liger_grpo(cliprange: float) -> Callable[..., Any]:
     """Its advantage is a sequence's, so each token here is a sequence of one; "bnpo" divides by the mask's count."""
     module = importlib.import_module("liger_kernel.chunked_loss.grpo_loss")
-    options = {"loss_type": "bnpo", "use_ref_model": False, "chunk_size": ROWS_AT_A_TIME, "compiled": False}
+    options = {"loss_type": "bnpo", "use_ref_model": False, "chunk_size": CHUNK, "compiled": False}
     loss = module.LigerFusedLinearGRPOLoss(beta=0.0, epsilon_low=cliprange, epsilon_high=cliprange, **options)
 
     def call(hidden: Tensor, weight: Tensor, tokens: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
