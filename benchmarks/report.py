@@ -25,7 +25,13 @@ PLOTTED = (
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    _replace(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    """As JSON with an entry of a list a line."""
+    parts = []
+    for name, value in results.items():
+        entries = [value] if not isinstance(value, list) else value
+        lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+        parts.append(f'"{name}": ' + (f"[\n{lines}\n]" if isinstance(value, list) else lines))
+    _replace(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _replace(path: Path, text: str) -> None:
