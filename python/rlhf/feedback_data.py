@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .config import UserError
-from .data import Batch, collate, encode_prompt, read_rows
+from .data import Batch, collate, encode_prompt
 from .offsets import text_spans
+from .readers import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def read_feedback(path: str, tokenizer: PreTrainedTokenizerBase, overlap: float 
     Raises UserError for a row or span that is not of this form, naming file and line, and where no token is marked.
     """
     found = []
-    for where, row in read_rows(Path(path)):
+    for where, row, *_ in read_rows(Path(path)):
         for key in ("prompt", "response"):
             if not isinstance(row.get(key), str):
                 raise UserError(f'{where}: "{key}" must be a string, got {row.get(key)!r:.60}')

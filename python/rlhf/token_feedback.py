@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, check_scorer, option
-from .data import epoch_order, load_task, split
+from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, check_scorer, option
+from .data import epoch_order, split, task_of
 from .evaluate import Evaluator, Judges
 from .feedback_data import Marked, batch_of, read_feedback
 from .feedback_loss import LOSSES, LossConfig, feedback_backward
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFeedbackConfig(CommonConfig):
+class TokenFeedbackConfig(DataConfig, CommonConfig):
     init: str = option(MISSING, "start policy: run folder, model folder or hub name")
     feedback: str = option(MISSING, 'file or folder of rows {"prompt", "response", "spans"}')
     ref: str | None = option(None, "reference policy of the anchor; --init unless given")
@@ -104,7 +104,7 @@ def main(config: TokenFeedbackConfig) -> Path:
     run = Run.create(config.out, "token-feedback", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     device = resolve_device(config.device)
-    task = load_task(config.data, config.seed)
+    task = task_of(config, config.init)
     checkpoint = run.load_checkpoint()
     where: dict[str, Any] = {"device": device, "dtype": config.dtype}
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
