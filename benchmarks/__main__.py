@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = jobs(stems, options.device, options.threads, options.quick, options.curves, options.fallback)
     if options.resume:
         results = report.read(options.json)
-        if other := [name for name in SAME if results["machine"][name] != here[name]]:
+        if other := [name for name in SAME if not same(results["machine"][name], here[name])]:
             parser.error(f"--resume: {options.json} was measured with another {', '.join(other)}")
         work = [job for job in work if job.name in results["not_reached"]]
     else:
@@ -119,6 +119,11 @@ def jobs(stems: list[str], device: str, threads: int, quick: bool, with_curves: 
     return sorted(found, key=lambda job: job.rank)
 
 
+def same(first: str | int, second: str | int) -> bool:
+    """A commit is the same with changed files: the results are among them."""
+    return str(first).removesuffix("-dirty") == str(second).removesuffix("-dirty")
+
+
 def measured(
     stem: str, case: harness.Case, device: str, seconds: float, fallback: bool, ceilings: dict[str, float]
 ) -> list[dict[str, Any]]:
@@ -129,14 +134,15 @@ def measured(
 def run(work: list[Job], results: dict[str, Any], seconds: float = float("inf"), json: Path | None = None) -> None:
     """Adds the jobs' rows to `results` and what found no time; `json` is written anew after each."""
     begin = time.perf_counter()
-    results["not_reached"] = [job.name for job in work]
+    names = [job.name for job in work]
+    results["not_reached"] = [name for name in results["not_reached"] if name not in names] + names
     for job in work:
         start = time.perf_counter()
         if start - begin > seconds:
             break
         try:
             results[job.part] += job.measure(results["ceilings"])
-        except torch.OutOfMemoryError as error:  # of the inputs or the fp64 truth; a provider's is its own failure
+        except RuntimeError as error:  # no memory for the inputs or the fp64 truth; a provider's is its own failure
             results["failed"].append(f"{job.name}: {harness.first_line(error)}")
         results["rows"].sort(key=place)
         results["not_reached"].remove(job.name)

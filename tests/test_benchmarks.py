@@ -445,6 +445,7 @@ def test_what_finds_no_time_is_named_and_can_be_resumed(monkeypatch, tmp_path, c
     results = report.read(file)
     assert ran == ["gae", "ppo_loss"] and results["not_reached"] == []
     assert results["failed"] == ["ppo_loss B=512 T=2048 fp32: CUDA out of memory. Tried to allocate"]
+    assert command.same("abc", "abc-dirty") and command.same(2, 2) and not command.same("abc-dirty", "abd")
     file.write_text(json.dumps(results | {"machine": results["machine"] | {"cpu": "A processor"}}))
     with pytest.raises(SystemExit):
         main(["--json", str(file), "--resume"])
