@@ -74,9 +74,13 @@ def minibatch_backward(
     parts = []
     for place in torch.arange(len(index), device=index.device).split(config.micro_batch or len(index)):
         part = Weights(weights.rows[place], weights.values)
-        loss, stats = rows_loss(models, experience, index[place], part, config, kl_coef, check_ratio=check_ratio)
+        rows = index[place]
+        loss, stats = rows_loss(models, experience, rows, part, config, kl_coef, check_ratio=check_ratio)
+        # One model after the other: the policy's activations are gone before the value model makes its own.
         loss.backward()
-        parts.append(stats)
+        loss, of_value = rows_value_loss(models, experience, rows, part, config)
+        loss.backward()
+        parts.append(stats | of_value)
     return combine(parts)
 
 
@@ -90,9 +94,9 @@ def rows_loss(
     *,
     check_ratio: bool = False,
 ) -> tuple[Tensor, Stats]:
-    """The loss of some rows, and its statistics:
+    """The policy's loss of some rows, and its statistics:
 
-    policy_loss + vf_coef · value_loss + kl_coef · Σ w·KL (with the KL in the loss) − entropy_coef · Σ w·entropy
+    policy_loss + kl_coef · Σ w·KL (with the KL in the loss) − entropy_coef · Σ w·entropy
     """
     batch, old_logprobs = experience.batch.rows(rows), experience.old_logprobs[rows]
     full = None
@@ -111,15 +115,6 @@ def rows_loss(
         weights.rows,
         config.clips,
     )
-    value, of_value = value_loss(
-        values(models.value, batch),
-        experience.old_values[rows],
-        experience.returns[rows],
-        batch.mask,
-        weights.values,
-        config.cliprange_value,
-    )
-    loss, stats = loss + config.vf_coef * value, stats | of_value
     stats["entropy"] = rk.masked_mean(entropy.detach(), batch.mask)
     if config.kl_in == "loss":
         kl = kl_penalty(
@@ -137,6 +132,22 @@ def rows_loss(
     if config.entropy_coef:
         loss = loss - config.entropy_coef * (weights.rows[:, None] * torch.where(batch.mask, entropy, 0)).sum()
     return loss, stats
+
+
+def rows_value_loss(
+    models: Models, experience: Experience, rows: Tensor, weights: Weights, config: PpoConfig
+) -> tuple[Tensor, Stats]:
+    """vf_coef · value_loss of some rows, and its statistics."""
+    batch = experience.batch.rows(rows)
+    loss, stats = value_loss(
+        values(models.value, batch),
+        experience.old_values[rows],
+        experience.returns[rows],
+        batch.mask,
+        weights.values,
+        config.cliprange_value,
+    )
+    return config.vf_coef * loss, stats
 
 
 def combine(parts: list[Stats]) -> Stats:
