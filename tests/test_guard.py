@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ class Model(torch.nn.Module):
 
 class Letters:
     """Token 0 is "a", 1 is "b" …"""
+
+    special_tokens_map: ClassVar[dict] = {}
 
     def decode(self, ids, **_):
         return "".join(chr(97 + each) for each in ids)

@@ -1,5 +1,8 @@
 """Loading models, the log-probability shift, pooling, values: all against a naive computation without padding."""
 
+import json
+import sys
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -7,9 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rlhf.config import UserError
 from rlhf.data import Batch, collate
 from rlhf.model import (
+    check_context,
     hidden_states,
     last_attended,
     load_policy,
+    load_reference,
     load_reward_model,
     response_logits,
     response_logprobs,
@@ -254,10 +259,10 @@ def test_a_zero_head_gives_zero_values(tiny):
 
 
 def test_dropout_is_off(tmp_path, tiny):
-    config = GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     assert config.attn_pdrop == config.resid_pdrop == config.embd_pdrop == 0.1
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    tokenizer = train_tokenizer(["ab"] * 2, vocabulary=80)
+    tokenizer = train_tokenizer(["ab"] * 2)
     tokenizer.save_pretrained(tmp_path)
     for load in (load_policy, load_reward_model):
         model, _ = load(str(tmp_path))
@@ -288,3 +293,49 @@ def test_loading_errors(tmp_path):
         load_policy("tiny")
     with pytest.raises(FileNotFoundError):
         load_policy(str(tmp_path / "absent"))
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    _, model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    places = {f"Auto{kind}": f"brought.{kind}" for kind in ("Config", "ModelForCausalLM")}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "brought", "auto_map": places}))
+    (tmp_path / "brought.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'brought'\n"
+        "class ModelForCausalLM(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    for load in (load_policy, load_reward_model):
+        with pytest.raises(UserError, match="needs Python files that come with it; --trust-remote-code runs them"):
+            load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+    assert type(load_policy(str(tmp_path), trust_remote_code=True)[0]).__module__.endswith("brought")
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny):
+    _, model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    more = train_tokenizer(["other words make another and a longer vocabulary of tokens"] * 9)
+    assert len(more) > len(tokenizer)
+    more.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"it has token {len(more) - 1}, the model {len(tokenizer)} tokens"):
+        load_policy(str(tmp_path))
+    tokenizer.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "policy")
+    load_reference(str(tmp_path / "policy"), tokenizer)
+    with pytest.raises(UserError, match="must have the policy's tokenizer: both score the same tokens"):
+        load_reference(str(tmp_path / "policy"), more)
+
+
+def test_what_is_longer_than_the_context_is_refused(policies):
+    for model in policies.values():
+        limit = model.config.max_position_embeddings
+        check_context(model, limit, "the prompt")
+        with pytest.raises(UserError, match=f"the prompt has {limit + 1} tokens, and the model's context is {limit}"):
+            check_context(model, limit + 1, "the prompt")

@@ -290,7 +290,7 @@ def test_ppo_runs_on_spans_and_on_missing_scores(tmp_path, start, functions, pro
         ppo.main(settings(tmp_path / "c", start, reward_fn=f"{functions}:spans"))
 
 
-def test_the_other_stages_take_a_function_too(tmp_path, start, functions, prompts):
+def test_the_other_stages_take_a_function_too(tmp_path, start, functions, prompts, capsys):
     common = {"init": start.policy, "reward_fn": f"{functions}:length", "data": prompts, "response_length": 6}
     common |= {"num_prompts": 4, "batch_size": 4, "eval_samples": 4}
     folder = rrhf.main(rrhf.RrhfConfig(out=str(tmp_path / "rrhf"), num_candidates=2, rounds=1, **common))
@@ -298,8 +298,11 @@ def test_the_other_stages_take_a_function_too(tmp_path, start, functions, prompt
     folder = best_of_n.main(best_of_n.BestOfNConfig(out=str(tmp_path / "bon"), n=2, epochs=1, **common))
     for row in read_lines(folder / "selected.jsonl"):
         assert row["score"] == pytest.approx(-len(row["response"]) / 10)
-    target = evaluate.main(evaluate.EvaluateConfig(run=str(folder), data=prompts, samples=4, response_length=6))
-    found = json.loads(target.read_text())
+    settings = {"run": str(folder), "data": prompts, "samples": 4, "response_length": 6, "overwrite": True}
+    found = json.loads(evaluate.main(evaluate.EvaluateConfig(**settings)).read_text())
+    assert "proxy" not in found  # a file that run.json names is not run unless the user names it too
+    assert f"--reward-fn {functions}:length gives the one that the run had" in capsys.readouterr().err
+    found = json.loads(evaluate.main(evaluate.EvaluateConfig(**settings, reward_fn=common["reward_fn"])).read_text())
     assert found["proxy"]["mean"] == pytest.approx(
         sum(-len(sample["response"]) / 10 for sample in found["samples"]) / 4, abs=1e-6
     )

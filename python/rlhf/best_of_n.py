@@ -22,8 +22,8 @@ from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values
-from .model import load_policy, load_reward_model
-from .run import Run, resolve_device, seed_everything
+from .model import load_policy, load_reference, load_reward_model, loading_options
+from .run import Run, seed_everything
 from .schedule import schedule, set_learning_rate
 from .scorer import Scorer, scorer_of
 from .sft import train_step
@@ -113,15 +113,14 @@ def main(config: BestOfNConfig) -> Path:
     """Sample, keep the best, train on them; returns the run folder, with the kept responses in selected.jsonl."""
     run = Run.create(config.out, "best-of-n", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
-    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    where = loading_options(config)
     sampler, tokenizer = load_policy(config.init, **where)
     reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
-    ref = load_policy(config.ref, **where)[0] if config.ref else sampler
+    ref = load_reference(config.ref, tokenizer, **where) if config.ref else sampler
     policy, _ = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
 
@@ -142,7 +141,7 @@ def main(config: BestOfNConfig) -> Path:
         total,
         models={"model": (policy, tokenizer)},
         parts={"optimizer": optimizer, "found": found},
-        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "reward model": reward_model},
+        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "scorer": scorer},
         checkpoint=checkpoint,
     ) as guard:
         groups = [Candidates(**group) for group in found["groups"]]
@@ -157,7 +156,7 @@ def main(config: BestOfNConfig) -> Path:
                 [group.prompt_tokens for group in chosen],
                 [group.responses[group.best] for group in chosen],
                 tokenizer.pad_token_id,
-            ).to(device)
+            ).to(policy.device)
             learning_rate = config.learning_rate * schedule(step - 1, total, warmup=0.0, kind="linear")
             set_learning_rate(optimizer, learning_rate)
             metrics = {

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The stages have bars of their own; those of a model's loading would bury them.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
         return run_stage(name, STAGES[name], argv[1:])
     except KeyboardInterrupt as stop:

@@ -31,6 +31,9 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
+TRUST_REMOTE_CODE = "run the Python files that come with a model; without it such a model is refused"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
     """The flags of every training stage. A subclass with a `__post_init__` of its own calls this one's first."""
@@ -46,6 +49,7 @@ class CommonConfig:
     max_bad_steps: int = option(
         5, "stop after this many steps in a row in which a loss, a reward or a gradient was NaN or infinite", low=1
     )
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     report_to: str = option("none", "also write the metrics for this tracker", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ from .data import Batch, Task, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
-from .model import load_policy, load_reward_model, response_logprobs
+from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
 from .rm import ordered_pairs
-from .run import Run, resolve_device, seed_everything
+from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import Scorer, scorer_of
 
@@ -229,11 +229,10 @@ def main(config: DpoConfig) -> Path:
     """Train and return the run folder."""
     run = Run.create(config.out, "dpo", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = with_gold(task_of(config, config.init), config)
-    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    where = loading_options(config)
     policy, tokenizer = load_policy(config.init, **where)
-    ref = load_policy(config.ref or config.init, **where)[0]
+    ref = load_reference(config.ref or config.init, tokenizer, **where)
     reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
@@ -260,7 +259,7 @@ def main(config: DpoConfig) -> Path:
         total,
         models={"model": (policy, tokenizer)},
         parts={"optimizer": optimizer, "sampled": sampled},
-        constants={"data": task, "tokenizer": tokenizer, "reference": ref},
+        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "scorer": scorer},
         checkpoint=checkpoint,
     ) as guard:
         if guard.step == 0:
@@ -269,12 +268,12 @@ def main(config: DpoConfig) -> Path:
             epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(pairs), config.seed, epoch)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
-            batch = batch_of([pairs[i] for i in chosen], tokenizer).to(device)
+            batch = batch_of([pairs[i] for i in chosen], tokenizer).to(policy.device)
             factor = schedule(step - 1, total, warmup=config.warmup, kind=config.lr_scheduler)
             set_learning_rate(optimizer, config.learning_rate * factor)
             metrics = {"lr": config.learning_rate * factor, "epoch": step / per_epoch}
             with guard.attempt(batch=batch), run.timer("train"):
-                metrics |= update(policy, optimizer, batch, ref_logprobs[chosen].to(device), config)
+                metrics |= update(policy, optimizer, batch, ref_logprobs[chosen].to(policy.device), config)
             if step == total or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluator.metrics(policy, tokenizer, run)
             guard.log(metrics, "loss", "rewards/accuracies")

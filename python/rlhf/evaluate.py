@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
@@ -14,13 +15,23 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, DataConfig, UserError, check_options, check_scorer, option
+from .config import (
+    DATA,
+    REWARD_FN,
+    RM_CHAT_TEMPLATE,
+    TRUST_REMOTE_CODE,
+    DataConfig,
+    UserError,
+    check_options,
+    check_scorer,
+    option,
+)
 from .data import Gold, Task, task_of
 from .files import plain, write_atomically
 from .gold_model import GOLD, with_gold
-from .model import load_policy, load_reward_model, response_logits
+from .model import load_policy, load_reference, load_reward_model, loading_options, response_logits
 from .rollout import Rollout, generate
-from .run import Run, resolve_device
+from .run import Run
 from .scorer import Scorer, scorer_of
 
 if TYPE_CHECKING:
@@ -34,7 +45,7 @@ DESCRIBED = ("length", "eos_rate", "entropy", "distinct_1", "distinct_2")
 class EvaluateConfig(DataConfig):
     run: str = option(MISSING, "run folder (or model) to evaluate")
     ref: str | None = option(None, "start model for the KL; the run's own --init unless given")
-    rm: str | None = option(None, "reward model for the proxy reward; the run's own --rm or --reward-fn unless given")
+    rm: str | None = option(None, "reward model for the proxy reward; the run's own --rm unless given")
     reward_fn: str | None = option(None, REWARD_FN)
     rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", DATA + "the held-out prompts and the gold judge")
@@ -48,6 +59,7 @@ class EvaluateConfig(DataConfig):
     seed: int = option(0, "seed of the sampling and of the data", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     dtype: str = option("float32", "dtype of the models' weights", choices=("float32", "bfloat16"))
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     overwrite: bool = option(False, "replace the file if it is there")
 
     def __post_init__(self) -> None:
@@ -237,16 +249,17 @@ def main(config: EvaluateConfig) -> Path:
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"{target} is there; --overwrite replaces it")
     own = json.loads((folder / "run.json").read_text())["config"] if (folder / "run.json").exists() else {}
-    device = resolve_device(config.device)
+    where = loading_options(config)
     task = with_gold(task_of(config, config.run), config)
-    policy, tokenizer = load_policy(config.run, device=device, dtype=config.dtype)
+    policy, tokenizer = load_policy(config.run, **where)
     ref = config.ref or own.get("init")
     if config.rm is None and config.reward_fn is None:
-        template = own.get("rm_chat_template", False)
-        config = replace(config, rm=own.get("rm"), reward_fn=own.get("reward_fn"), rm_chat_template=template)
-    reward_model = load_reward_model(config.rm, device=device, dtype=config.dtype) if config.rm else None
+        config = replace(config, rm=own.get("rm"), rm_chat_template=own.get("rm_chat_template", False))
+        if own.get("reward_fn"):  # run.json may be anybody's: no file that it names is run
+            print(f"no proxy reward: --reward-fn {own['reward_fn']} gives the one that the run had", file=sys.stderr)
+    reward_model = load_reward_model(config.rm, **where) if config.rm else None
     judges = Judges(
-        ref=None if ref is None else load_policy(ref, device=device, dtype=config.dtype)[0],
+        ref=None if ref is None else load_reference(ref, tokenizer, **where),
         scorer=scorer_of(config, reward_model, tokenizer, task),
         gold=task.gold,
     )
@@ -259,7 +272,7 @@ def main(config: EvaluateConfig) -> Path:
     }
     result = measure(policy, tokenizer, judges, prompts, **settings)
     if config.against:
-        other, other_tokenizer = load_policy(config.against, device=device, dtype=config.dtype)
+        other, other_tokenizer = load_policy(config.against, **where)
         judges.scorer = scorer_of(config, reward_model, other_tokenizer, task)
         theirs = measure(other, other_tokenizer, judges, prompts, **settings)
         judges_there = [name for name in ("gold", "proxy") if name in result]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .chat import renderer_hash
 from .data import encode_prompt, encode_response, encode_text
 
 PROBE = ("The film's plot: naïve — 12.50 €?\n\n \tÜbung 映画 🎬", " Answer:  yes.\n")
@@ -19,15 +20,32 @@ PROBE = ("The film's plot: naïve — 12.50 €?\n\n \tÜbung 映画 🎬", " An
 def fingerprint(thing: Any) -> str:
     """SHA-256 of a model's weights, of how a tokenizer renders text, or of data (numbers, strings, dataclasses …)."""
     digest = hashlib.sha256()
-    if isinstance(thing, torch.nn.Module):
-        pieces = _weights(thing)
-    elif hasattr(thing, "get_vocab"):
-        pieces = iter([_rendering(thing)])
-    else:
-        pieces = _data(thing)
-    for piece in pieces:
+    for piece in _pieces(thing):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _pieces(thing: Any) -> Iterator[bytes | memoryview]:
+    """The parts of a thing in order, data with its type and length in front, so that no two share a stream."""
+    if isinstance(thing, torch.nn.Module):
+        yield from _weights(thing)
+        return
+    if hasattr(thing, "get_vocab"):
+        yield _rendering(thing)
+        return
+    if is_dataclass(thing):
+        thing = {field.name: getattr(thing, field.name) for field in fields(thing)}
+    if callable(thing):  # a judge or a reward function: its code is the user's to keep
+        return
+    if isinstance(thing, dict):
+        thing = list(thing.items())
+    if isinstance(thing, list | tuple):
+        yield f"[{len(thing)}".encode()
+        for item in thing:
+            yield from _pieces(item)
+    else:
+        content = repr(thing).encode("utf-8", "backslashreplace")
+        yield f"{type(thing).__name__}{len(content)}:".encode() + content
 
 
 def _weights(model: torch.nn.Module) -> Iterator[bytes | memoryview]:
@@ -43,28 +61,10 @@ def _rendering(tokenizer: Any) -> bytes:
     return json.dumps(
         {
             "vocabulary": sorted(tokenizer.get_vocab().items()),
-            "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-            "chat template": getattr(tokenizer, "chat_template", None),
+            "renderer": renderer_hash(tokenizer),
             "prompt": encode_prompt(tokenizer, prompt),
             "empty prompt": encode_prompt(tokenizer, ""),
             "response": encode_response(tokenizer, response),
             "text": encode_text(tokenizer, prompt, response),
         }
     ).encode()
-
-
-def _data(value: Any) -> Iterator[bytes]:
-    """The parts of a value in order, each with its type and length in front, so that no two values share a stream."""
-    if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if callable(value):  # a judge or a reward function: its code is the user's to keep
-        return
-    if isinstance(value, dict):
-        value = list(value.items())
-    if isinstance(value, list | tuple):
-        yield f"[{len(value)}".encode()
-        for item in value:
-            yield from _data(item)
-    else:
-        content = repr(value).encode("utf-8", "backslashreplace")
-        yield f"{type(value).__name__}{len(content)}:".encode() + content

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .data import Task
-from .model import load_reward_model
+from .model import load_reward_model, loading_options
 from .rm import score_texts
-from .run import resolve_device
 
 GOLD = "reward model that judges instead of the data's gold judge; its scores are never trained on"
 MAX_LENGTH = 2048
@@ -20,8 +19,8 @@ MAX_LENGTH = 2048
 class RewardModelJudge:
     """Called with (prompts, responses), gives the model's normalised score of each text, read by its own tokenizer."""
 
-    def __init__(self, name: str, *, device: str | torch.device, dtype: str, micro_batch: int | None = None) -> None:
-        self.model, self.tokenizer = load_reward_model(name, device=device, dtype=dtype)
+    def __init__(self, name: str, *, micro_batch: int | None = None, **loading: Any) -> None:
+        self.model, self.tokenizer = load_reward_model(name, **loading)
         self.model.requires_grad_(False)
         self.micro_batch = micro_batch
 
@@ -35,6 +34,5 @@ def with_gold(task: Task, config: Any) -> Task:
     """The task with the judge that a stage's `gold` asks for, or as it is."""
     if config.gold is None:
         return task
-    device = resolve_device(config.device)
-    judge = RewardModelJudge(config.gold, device=device, dtype=config.dtype, micro_batch=config.micro_batch)
+    judge = RewardModelJudge(config.gold, micro_batch=config.micro_batch, **loading_options(config))
     return replace(task, gold=judge)

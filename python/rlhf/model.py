@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ import rlhf_kernels as rk
 
 from .config import UserError
 from .data import Batch, position_ids
-from .run import resolve_model
+from .run import resolve_device, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +39,7 @@ def load_policy(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
     tokenizer_texts: Iterable[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, without dropout, in eval mode.
@@ -47,10 +48,11 @@ def load_policy(
         name: a run folder, a save_pretrained folder, a hub name, or "tiny": a small Llama from scratch (about one
             million parameters, initialised from torch's global generator).
         device, dtype: where the weights go and what they are.
+        trust_remote_code: run the Python files that come with the model.
         tokenizer_texts: what the byte-level BPE of "tiny" is trained on.
 
     Raises:
-        UserError: "tiny" without texts; a tokenizer without an EOS token.
+        UserError: "tiny" without texts; a tokenizer without an EOS token, or with more tokens than the model has.
         FileNotFoundError: a local path that is not there.
     """
     from transformers import AutoModelForCausalLM
@@ -60,10 +62,13 @@ def load_policy(
         model = AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=as_dtype(dtype))
     else:
         path = resolve_model(name)
-        tokenizer = load_tokenizer(path)
-        config = config_without_dropout(path)
-        with _quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=as_dtype(dtype))
+        with _loading(path):
+            tokenizer = load_tokenizer(path, trust_remote_code)
+            config = config_without_dropout(path, trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=as_dtype(dtype), trust_remote_code=trust_remote_code
+            )
+    _check_tokenizer(name, model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return _ready(model, device), tokenizer
 
@@ -73,6 +78,7 @@ def load_reward_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
     tokenizer_texts: Iterable[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with one score for a text, and its tokenizer, without dropout, in eval mode.
@@ -91,12 +97,16 @@ def load_reward_model(
         missing: Iterable[str] = ("score.weight",)
     else:
         path = resolve_model(name)
-        tokenizer = load_tokenizer(path)
-        config = config_without_dropout(path)
-        config.num_labels = 1
-        with _quiet_loading():
+        with _loading(path):
+            tokenizer = load_tokenizer(path, trust_remote_code)
+            config = config_without_dropout(path, trust_remote_code)
+            config.num_labels = 1
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, config=config, dtype=as_dtype(dtype), output_loading_info=True
+                path,
+                config=config,
+                dtype=as_dtype(dtype),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
         missing = info["missing_keys"]
     head = score_head(model)
@@ -107,15 +117,33 @@ def load_reward_model(
             nn.init.zeros_(head.bias)
     if new or not hasattr(model.config, "score_mean"):  # a head that was trained elsewhere keeps its scale
         model.config.score_mean, model.config.score_std = 0.0, 1.0
+    _check_tokenizer(name, model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return _ready(model, device), tokenizer
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def loading_options(config: Any) -> dict[str, Any]:
+    """Where and how a stage's flags want models loaded: keywords of `load_policy` and `load_reward_model`."""
+    return {
+        "device": resolve_device(config.device),
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def load_reference(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+    """The policy that a KL is measured to, frozen. Raises UserError unless its tokenizer is the policy's."""
+    model, own = load_policy(name, **options)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"reference {name} must have the policy's tokenizer: both score the same tokens")
+    return model.requires_grad_(False)  # type: ignore[return-value]
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. One without a pad token pads with EOS: masks never come from the pad id."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so a response could not end")
     if tokenizer.pad_token_id is None:
@@ -160,15 +188,29 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     )
 
 
-def config_without_dropout(path: str) -> PreTrainedConfig:
+def config_without_dropout(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config with every dropout at 0: old and new log-probabilities must come from the same function."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(config, name, 0.0)
     return config
+
+
+def check_context(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raises UserError where `what`, which has that many tokens, is longer than the model can read."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise UserError(f"{what} has {tokens} tokens, and the model's context is {context} (max_position_embeddings)")
+
+
+def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    largest, known = max(tokenizer.get_vocab().values()), embeddings.weight.shape[0]
+    if largest >= known:
+        raise UserError(f"{name}: its tokenizer is of another model: it has token {largest}, the model {known} tokens")
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -195,8 +237,11 @@ def _ready(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMode
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar, and no warning about the language-model head that a reward model leaves behind."""
+def _loading(path: str) -> Iterator[None]:
+    """No progress bar, and no warning about the language-model head that a reward model leaves behind.
+
+    Raises UserError where the model would have to run code of its own.
+    """
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -204,6 +249,10 @@ def _quiet_loading() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(f"{path} needs Python files that come with it; --trust-remote-code runs them") from error
     finally:
         logging.set_verbosity(level)
         if bar:

@@ -21,13 +21,13 @@ from .experience import Models, make_experience, rollout_metrics, rollout_record
 from .gold_model import with_gold
 from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl, measured_kl
-from .model import load_policy, load_reward_model, zero_head
+from .model import load_policy, load_reference, load_reward_model, loading_options, zero_head
 from .overoptimization import overoptimization, watch_gold
 from .ppo_config import PpoConfig
 from .ppo_update import update, update_metrics
 from .reading import same_tokens
-from .rollout import generate
-from .run import Checkpoint, Run, resolve_device, seed_everything
+from .rollout import check_prompts, generate
+from .run import Checkpoint, Run, seed_everything
 from .schedule import schedule
 from .scorer import scorer_of
 
@@ -43,6 +43,7 @@ def main(config: PpoConfig) -> Path:
     response_length = config.response_length or task.response_length
     checkpoint = run.load_checkpoint()
     models, optimizer = prepare(config, checkpoint, task)
+    check_prompts(models.policy, models.tokenizer, task.prompts, response_length)
     evaluator = Evaluator.of(config, task, Judges(models.ref, models.scorer, task.gold))
 
     kl = Values(coef=config.kl_coef)
@@ -56,7 +57,7 @@ def main(config: PpoConfig) -> Path:
             "data": task,
             "tokenizer": models.tokenizer,
             "reference": models.ref,
-            "reward model": models.reward_model,
+            "scorer": models.scorer,
         },
         checkpoint=checkpoint,
     ) as guard:
@@ -102,11 +103,10 @@ def main(config: PpoConfig) -> Path:
 
 def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tuple[Models, torch.optim.Optimizer]:
     """Models, fresh or as the checkpoint left them, and a fresh optimiser."""
-    device = resolve_device(config.device)
     folder = checkpoint.folder if checkpoint else None
-    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    where = loading_options(config)
     policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, **where)
-    ref, _ = load_policy(config.ref or config.init, **where)
+    ref = load_reference(config.ref or config.init, tokenizer, **where)
     loaded = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, loaded, tokenizer, task)
     assert scorer is not None  # the config has seen to it
@@ -117,7 +117,6 @@ def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tup
         value, _ = load_reward_model(value_start(config, loaded and loaded[1], tokenizer), **where)
         zero_head(value)
         value.config.score_mean, value.config.score_std = 0.0, 1.0
-    ref.requires_grad_(False)
     if reward_model is not None:
         reward_model.requires_grad_(False)
     optimizer = torch.optim.AdamW(

@@ -6,9 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from .config import option
-from .files import write_atomically
 from .page import Page, document, escape
-from .report_runs import grouped, read_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,10 @@ def main(config: ReportConfig) -> Path:
     """
     import matplotlib
 
+    # Here, not above: `rlhf report --help` does not wait for torch.
     from . import plots, report_figures, report_tables
+    from .files import write_atomically
+    from .report_runs import grouped, read_runs
 
     target = Path(config.out) / "report.html"
     if target.exists() and not config.overwrite:

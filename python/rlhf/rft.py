@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +21,10 @@ from .data import Batch, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
-from .model import load_policy, load_reward_model
+from .model import load_policy, load_reference, load_reward_model, loading_options
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
-from .run import Run, resolve_device, seed_everything
+from .rollout import check_prompts
+from .run import Run, seed_everything
 from .schedule import schedule, set_learning_rate
 from .scorer import scorer_of
 from .sft import train_step
@@ -162,17 +163,17 @@ def main(config: RftConfig) -> Path:
     """Train and return the run folder."""
     run = Run.create(config.out, "rft", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = with_gold(task_of(config, config.init), config)
     if not task.prompts:
         raise UserError(f"{config.data}: the data has no prompts to sample from")
     checkpoint = run.load_checkpoint()
-    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    where = loading_options(config)
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
-    ref, _ = load_policy(config.ref or config.init, **where)
+    ref = load_reference(config.ref or config.init, tokenizer, **where)
     reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
+    check_prompts(policy, tokenizer, task.prompts, config.response_length or task.response_length)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     source = own_source(
         policy,
@@ -193,7 +194,7 @@ def main(config: RftConfig) -> Path:
         passes,
         models={"model": (policy, tokenizer)},
         parts={"optimizer": optimizer, "at": at},
-        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "reward model": reward_model},
+        constants={"data": task, "tokenizer": tokenizer, "reference": ref, "scorer": scorer},
         checkpoint=checkpoint,
     ) as guard:
         pool = [Candidates(**each) for each in at["pool"]]
@@ -223,8 +224,8 @@ def main(config: RftConfig) -> Path:
             done = at["number"] * at["steps"] + position
             learning_rate = config.learning_rate * schedule(done, passes * at["steps"], warmup=0.0, kind="linear")
             set_learning_rate(optimizer, learning_rate)
-            weights = torch.tensor([each.weight for each in chosen], device=device)
-            batch = batch_of(chosen, tokenizer, config.loss_on).to(device)
+            weights = torch.tensor([each.weight for each in chosen], device=policy.device)
+            batch = batch_of(chosen, tokenizer, config.loss_on).to(policy.device)
             metrics = {
                 "lr": learning_rate,
                 "objective/scores": at["scores"],

@@ -21,8 +21,8 @@ import rlhf_kernels as rk
 from .config import DATA, CommonConfig, DataConfig, UserError, option
 from .data import Ranking, Task, collate, encode_text, epoch_order, task_of
 from .guard import Guard, check_finite
-from .model import last_attended, load_reward_model, scores, set_score_normalization
-from .run import Run, resolve_device, seed_everything
+from .model import check_context, last_attended, load_reward_model, loading_options, scores, set_score_normalization
+from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 
 if TYPE_CHECKING:
@@ -265,22 +265,22 @@ def main(config: RmConfig) -> Path:
     """Train, normalise, evaluate, save; returns the run folder."""
     run = Run.create(config.out, "rm", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = task_of(config, config.init)
     rankings = usable(config, task)
 
     checkpoint = run.load_checkpoint()
     model, tokenizer = load_reward_model(
         str(checkpoint.folder / "model") if checkpoint else config.init,
-        device=device,
-        dtype=config.dtype,
         tokenizer_texts=task.texts(),
+        **loading_options(config),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     examples = encode(tokenizer, rankings, config.max_length)
     checks = encode(tokenizer, task.heldout_rankings, config.max_length)
     eval_batches = batches_of(checks, config.batch_size, tokenizer.pad_token_id)
+    longest = max(len(text) for texts, *_ in examples + checks for text in texts)
+    check_context(model, longest, f"the longest text within --max-length {config.max_length}")
     per_epoch = math.ceil(len(examples) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
     with Guard(
@@ -296,7 +296,7 @@ def main(config: RmConfig) -> Path:
             epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(examples), config.seed, epoch)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
-            batch = batch_of([examples[i] for i in chosen], tokenizer.pad_token_id).to(device)
+            batch = batch_of([examples[i] for i in chosen], tokenizer.pad_token_id).to(model.device)
             learning_rate = config.learning_rate * schedule(
                 step - 1, total, warmup=config.warmup, kind=config.lr_scheduler
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import UserError
 from .data import Batch, collate, decode, encode_prompt
+from .model import check_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ def generate(
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_room(model, prompts, encoded, response_length)
     # One number for each token that may be sampled: a row's tokens depend on no other row and on no micro-batch.
     uniform = torch.rand(len(prompts), response_length, dtype=torch.float64, device=model.device)
     sampled: list[list[int]] = []
@@ -84,6 +86,20 @@ def generate(
     texts = [response[:-1] if response[-1] == eos else response for response in sampled]
     decoded = [decode(tokenizer, each) for each in texts]
     return Rollout(batch.to(model.device), list(prompts), decoded, terminated.to(model.device), response_length)
+
+
+def check_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], response_length: int
+) -> None:
+    """Raises UserError for a prompt that leaves no room for its response: before a run, not in the middle of it."""
+    check_room(model, prompts, [encode_prompt(tokenizer, prompt) for prompt in prompts], response_length)
+
+
+def check_room(model: PreTrainedModel, prompts: list[str], encoded: list[list[int]], response_length: int) -> None:
+    if encoded:
+        length, prompt = max(zip(map(len, encoded), prompts))
+        what = f"the prompt {prompt[:60]!r} with a response of {response_length} tokens"
+        check_context(model, length + response_length, what)
 
 
 @torch.no_grad()

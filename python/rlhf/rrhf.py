@@ -38,9 +38,10 @@ from .data import Task, epoch_order, task_of
 from .evaluate import Evaluator, Judges
 from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
-from .model import load_policy, load_reward_model, response_logprobs
+from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
-from .run import Run, resolve_device, seed_everything
+from .rollout import check_prompts
+from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import scorer_of
 
@@ -350,14 +351,14 @@ def main(config: RrhfConfig) -> Path:
     """Train and return the run folder."""
     run = Run.create(config.out, "rrhf", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
-    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    where = loading_options(config)
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
-    ref, _ = load_policy(config.ref or config.init, **where)
+    ref = load_reference(config.ref or config.init, tokenizer, **where)
     reward_model = load_reward_model(config.rm, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
+    check_prompts(policy, tokenizer, task.prompts, config.response_length or task.response_length)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     provided = provided_of(config, task, tokenizer)
     sources = sources_of(policy, tokenizer, config, config.response_length or task.response_length, **where)
@@ -404,7 +405,7 @@ def main(config: RrhfConfig) -> Path:
             "candidates": provided,
             "tokenizer": tokenizer,
             "reference": ref,
-            "reward model": reward_model,
+            "scorer": scorer,
         },
         checkpoint=checkpoint,
     ) as guard:

@@ -17,8 +17,8 @@ import rlhf_kernels as rk
 from .config import DATA, CommonConfig, DataConfig, UserError, option
 from .data import Batch, Demonstration, Task, collate, encode_prompt, encode_response, epoch_order, split, task_of
 from .guard import Guard, check_finite
-from .model import load_policy, response_logits
-from .run import Run, resolve_device, seed_everything
+from .model import check_context, load_policy, loading_options, response_logits
+from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 
 if TYPE_CHECKING:
@@ -143,7 +143,6 @@ def main(config: SftConfig) -> Path:
     """Train, evaluate, save; returns the run folder."""
     run = Run.create(config.out, "sft", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = task_of(config, config.model)
     texts = demonstrations(task)
     heldout, train = split(texts, config.seed, config.eval_fraction) if config.eval_fraction else ([], texts)
@@ -151,9 +150,8 @@ def main(config: SftConfig) -> Path:
     checkpoint = run.load_checkpoint()
     model, tokenizer = load_policy(
         str(checkpoint.folder / "model") if checkpoint else config.model,
-        device=device,
-        dtype=config.dtype,
         tokenizer_texts=task.texts(),
+        **loading_options(config),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
@@ -163,6 +161,8 @@ def main(config: SftConfig) -> Path:
         batch_of(checks[start : start + config.batch_size], tokenizer)
         for start in range(0, len(checks), config.batch_size)
     ]
+    longest = max(len(prompt) + len(response) for prompt, response in examples + checks)
+    check_context(model, longest, f"the longest text within --max-length {config.max_length}")
     per_epoch = math.ceil(len(examples) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
     with Guard(
@@ -178,7 +178,7 @@ def main(config: SftConfig) -> Path:
             epoch, position = divmod(step - 1, per_epoch)
             order = epoch_order(len(examples), config.seed, epoch)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
-            batch = batch_of([examples[i] for i in chosen], tokenizer).to(device)
+            batch = batch_of([examples[i] for i in chosen], tokenizer).to(model.device)
             factor = schedule(step - 1, total, warmup=config.warmup, kind=config.lr_scheduler)
             set_learning_rate(optimizer, config.learning_rate * factor)
             metrics: dict[str, Any] = {"lr": config.learning_rate * factor, "epoch": step / per_epoch}

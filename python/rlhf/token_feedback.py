@@ -22,8 +22,8 @@ from .evaluate import Evaluator, Judges
 from .feedback_data import Marked, batch_of, read_feedback
 from .feedback_loss import LOSSES, LossConfig, feedback_backward
 from .guard import Guard, Values, check_finite
-from .model import load_policy, load_reward_model, response_logprobs
-from .run import Run, resolve_device, seed_everything
+from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
+from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import scorer_of
 
@@ -103,12 +103,11 @@ def main(config: TokenFeedbackConfig) -> Path:
     """Train and return the run folder."""
     run = Run.create(config.out, "token-feedback", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    device = resolve_device(config.device)
     task = task_of(config, config.init)
     checkpoint = run.load_checkpoint()
-    where: dict[str, Any] = {"device": device, "dtype": config.dtype}
+    where = loading_options(config)
     policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
-    ref = load_policy(config.ref or config.init, **where)[0].requires_grad_(False)
+    ref = load_reference(config.ref or config.init, tokenizer, **where)
     reward_model = load_reward_model(config.rm, **where) if config.rm else None
     evaluator = Evaluator.of(config, task, Judges(ref, scorer_of(config, reward_model, tokenizer, task), task.gold))
     everything = read_feedback(config.feedback, tokenizer, config.overlap)
@@ -148,10 +147,10 @@ def main(config: TokenFeedbackConfig) -> Path:
                 metrics |= feedback_backward(
                     policy,
                     ref,
-                    batch.to(device),
-                    labels.to(device),
+                    batch.to(policy.device),
+                    labels.to(policy.device),
                     config.loss_config(),
-                    old_logprobs=None if old is None else pad_sequence(old, batch_first=True).to(device),
+                    old_logprobs=None if old is None else pad_sequence(old, batch_first=True).to(policy.device),
                 )
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
                 check_finite(gradient=norm)
