@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -25,6 +26,7 @@ class Model(torch.nn.Module):
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(1.0))
+        self.config = SimpleNamespace()
         if folder:
             self.weight.data.fill_(json.loads((folder / "weight.json").read_text()))
 
