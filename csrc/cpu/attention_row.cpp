@@ -16,12 +16,19 @@
 namespace rlhf_kernels {
 namespace {
 
-template <typename T>
+// ⟨query, key⟩; a width that the compiler knows leaves no loop.
+template <int64_t width, typename T>
 T dot(const T* a, const T* b, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  for (int64_t i = 0; i < (width ? width : n); ++i) sum += a[i] * b[i];
   return sum;
+}
+
+// Scores of one key under the `group` queries that share it, `stride` apart.
+template <int64_t width, typename T>
+void key_scores(const T* queries, const T* key, int64_t n, int64_t group, T scale, int64_t stride, T* scores) {
+  for (int64_t g = 0; g < group; ++g) scores[g * stride] = scale * dot<width>(queries + g * n, key, n);
 }
 
 // Softmax over scores[first, last], in place; `sink` joins the denominator. Places that are not attended hold −inf.
@@ -63,6 +70,7 @@ at::Tensor attention_row_cpu(const at::Tensor& query, const at::Tensor& key, con
     const auto* mp = mask.const_data_ptr<bool>();
     const auto* sp = sink ? sinks.const_data_ptr<T>() : nullptr;
     auto* rows = partial.mutable_data_ptr<T>();
+    const auto score_key = dim == 64 ? key_scores<64, T> : dim == 128 ? key_scores<128, T> : key_scores<0, T>;
     at::parallel_for(0, batch * key_heads, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> scores(group * length), widened_key(dim);
       for (int64_t i = begin; i < end; ++i) {
@@ -71,13 +79,14 @@ at::Tensor attention_row_cpu(const at::Tensor& query, const at::Tensor& key, con
         const int64_t last = last_true(attended, length);
         const int64_t first = window ? std::max<int64_t>(0, last + 1 - *window) : 0;
         std::fill(scores.begin(), scores.end(), -std::numeric_limits<T>::infinity());
+        const T* queries = qp + (b * heads + h * group) * dim;
         for (int64_t t = first; t <= last; ++t) {
           if (!attended[t]) continue;
           const T* k = widened(keys.row<scalar_t>(i * length + t), dim, widened_key.data());
-          for (int64_t g = 0; g < group; ++g) {
-            T score = static_cast<T>(scale) * dot(qp + (b * heads + h * group + g) * dim, k, dim);
-            if (softcap) score = static_cast<T>(*softcap) * std::tanh(score / static_cast<T>(*softcap));
-            scores[g * length + t] = score;
+          score_key(queries, k, dim, group, static_cast<T>(scale), length, scores.data() + t);
+          for (int64_t g = 0; softcap && g < group; ++g) {
+            T& score = scores[g * length + t];
+            score = static_cast<T>(*softcap) * std::tanh(score / static_cast<T>(*softcap));
           }
         }
         T* row = rows + i * length;

@@ -1,4 +1,4 @@
-// Generalised advantage estimation: one thread a row, one pass from right to left.
+// Generalised advantage estimation: one thread a row, scanned from right to left.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -23,9 +23,16 @@ std::tuple<at::Tensor, at::Tensor> gae_cpu(const at::Tensor& rewards, const at::
     const auto* mp = keep.const_data_ptr<bool>();
     auto *ap = advantages.mutable_data_ptr<scalar_t>(), *gp = returns.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, batch, std::max<int64_t>(1, 8192 / std::max<int64_t>(length, 1)), [&](int64_t begin, int64_t end) {
+      RowBuffers<scalar_t> buffers(length);
+      auto& places = buffers.places;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * length;
-        gae_row<scalar_t>(rp + i, vp + i, mp + i, length, gamma, lam, ap + i, gp + i);
+        places.find(mp + i);
+        auto *to = places.target(ap + i, buffers[0]), *returns_to = places.target(gp + i, buffers[1]);
+        gae_row<scalar_t>(places.gather(rp + i, buffers[2]), places.gather(vp + i, buffers[3]), places.count(), gamma,
+                          lam, buffers[9], to, returns_to);
+        places.put(to, ap + i);
+        places.put(returns_to, gp + i);
       }
     });
   });

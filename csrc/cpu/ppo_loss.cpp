@@ -12,6 +12,7 @@
 
 #include "common.h"
 #include "ops.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace rlhf_kernels {
@@ -73,7 +74,10 @@ Moments block_moments(const T* keep, int64_t n, int64_t first, double count, F x
   return moments;
 }
 
-// Up to kBlock tokens from `begin` on, in loops without a branch; what they read stays in the L1 cache between them.
+// Tokens at a time: what the loops below read and write stays in the L1 cache between them.
+constexpr int64_t kTokens = kBlock / 2;
+
+// Up to kTokens tokens from `begin` on, in loops without a branch, each of which asks for some of the next ones.
 template <typename T>
 TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scalars<T>& s, T inverse_total,
                       T* dlogprobs, T* dvalues) {
@@ -81,9 +85,10 @@ TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scala
   const T *logprobs = in.logprobs + begin, *old_logprobs = in.old_logprobs + begin, *advantages = in.advantages + begin;
   const T *values = in.values + begin, *old_values = in.old_values + begin, *returns = in.returns + begin;
   const auto* mask = reinterpret_cast<const uint8_t*>(in.mask + begin);  // a loop over bool is not vectorised
-  T keep[kBlock], differences[kBlock], ratios[kBlock], gains[kBlock];
+  T keep[kPadded / 2], differences[kPadded / 2], ratios[kPadded / 2], gains[kPadded / 2];
   T count = 0;
   for (int64_t i = 0; i < n; ++i) keep[i] = mask[i];
+  prefetch(logprobs + kTokens, kTokens);
 #pragma omp simd reduction(+ : count)
   for (int64_t i = 0; i < n; ++i) {
     // Two −inf have no ratio: such a token could not be sampled, so it is taken out.
@@ -92,8 +97,10 @@ TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scala
     count += keep[i];
     differences[i] = keep[i] != 0 ? log_difference(a, b) : T(0);
   }
+  prefetch(old_logprobs + kTokens, kTokens);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) gains[i] = keep[i] != 0 ? advantages[i] : T(0);
+  prefetch(advantages + kTokens, kTokens);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {  // 1 where masked: with a gain of 0 nothing is added
     ratios[i] = fast_exp(clamped(differences[i], T(-kMaxLogRatio), T(kMaxLogRatio)));
@@ -105,7 +112,8 @@ TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scala
     return sums;
   }
   T policy_sum = 0, squared = 0, above = 0, below = 0, ratio_sum = 0, highest = 0, value_sum = 0, value_clipped = 0;
-  T gradients[kBlock], value_gradients[kBlock];
+  T gradients[kPadded / 2], value_gradients[kPadded / 2];
+  prefetch(values + kTokens, kTokens);
 #pragma omp simd reduction(+ : policy_sum, squared, above, below, ratio_sum) reduction(max : highest)
   for (int64_t i = 0; i < n; ++i) {
     const auto term =
@@ -119,6 +127,7 @@ TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scala
     highest = ratio > highest ? ratio : highest;
     gradients[i] = term.derivative * inverse_total;
   }
+  prefetch(old_values + kTokens, kTokens);
 #pragma omp simd reduction(+ : value_sum, value_clipped)
   for (int64_t i = 0; i < n; ++i) {
     const auto term = value_term(values[i], old_values[i], returns[i], s.cliprange_value);
@@ -127,6 +136,7 @@ TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scala
     value_clipped += keep[i] != 0 ? term.clipped : T(0);
     value_gradients[i] = keep[i] != 0 ? gradient : T(0);
   }
+  prefetch(returns + kTokens, kTokens);
   if (dlogprobs) std::copy(gradients, gradients + n, dlogprobs + begin);
   if (dvalues) std::copy(value_gradients, value_gradients + n, dvalues + begin);
   sums.policy = policy_sum;
@@ -146,27 +156,18 @@ TokenSums block_terms(const Inputs<T>& in, int64_t begin, int64_t n, const Scala
 template <typename T>
 TokenSums all_terms(const Inputs<T>& in, int64_t count, const Scalars<T>& scalars, double total, T* dlogprobs,
                     T* dvalues) {
-  std::vector<TokenSums> blocks((count + kBlock - 1) / kBlock);
-  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 8, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t begin = b * kBlock, n = std::min(kBlock, count - begin);
-      blocks[b] = block_terms(in, begin, n, scalars, static_cast<T>(1 / total), dlogprobs, dvalues);
+  constexpr int64_t chunk = 16 * kTokens;
+  std::vector<TokenSums> chunks((count + chunk - 1) / chunk);
+  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t begin = first * chunk; begin < std::min(last * chunk, count); begin += kTokens) {
+      const int64_t n = std::min(kTokens, count - begin);
+      chunks[begin / chunk].add(
+          block_terms(in, begin, n, scalars, static_cast<T>(1 / total), dlogprobs, dvalues));
     }
   });
   TokenSums all;
-  for (const TokenSums& each : blocks) all.add(each);
+  for (const TokenSums& each : chunks) all.add(each);
   return all;
-}
-
-int64_t number_true(const bool* mask, int64_t count) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    int32_t of_block = 0;
-    for (int64_t i = begin; i < std::min(begin + kBlock, count); ++i) of_block += bytes[i];
-    total += of_block;
-  }
-  return total;
 }
 
 }  // namespace

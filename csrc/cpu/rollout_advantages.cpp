@@ -36,12 +36,20 @@ struct RewardInputs {
     if (attention.defined()) check_same_shape(op, "attention", attention, logprobs.sizes());
   }
 
+  // Writes the rewards and KL of row b, whose places have been found; returns the rewards that count, side by side.
   template <typename T>
-  void row(int64_t b, T kl_coef, T beta, KlEstimator estimator, T* rewards, T* kl) const {
-    const int64_t i = b * length;
-    reward_row<T>(scores.const_data_ptr<T>() + (per_token ? i : b), per_token, logprobs.const_data_ptr<T>() + i, ref_logprobs.const_data_ptr<T>() + i,
-                  attention.defined() ? attention.const_data_ptr<T>() + i : nullptr, mask.const_data_ptr<bool>() + i,
-                  length, kl_coef, beta, estimator, rewards + i, kl + i);
+  const T* row(int64_t b, RowBuffers<T>& buffers, T kl_coef, T beta, KlEstimator estimator, T* rewards, T* kl) const {
+    const int64_t i = b * length, n = buffers.places.count();
+    const auto gather = [&](const at::Tensor& x, int64_t k) {
+      return buffers.places.gather(x.const_data_ptr<T>() + i, buffers[k]);
+    };
+    T *to = buffers.places.target(rewards + i, buffers[0]), *kl_to = buffers.places.target(kl + i, buffers[1]);
+    kl_row(gather(logprobs, 2), gather(ref_logprobs, 3), n, estimator, kl_to);
+    reward_row(per_token ? gather(scores, 4) : scores.const_data_ptr<T>() + b, per_token,
+               attention.defined() ? gather(attention, 5) : nullptr, kl_to, n, kl_coef, beta, to);
+    buffers.places.put(to, rewards + i);
+    buffers.places.put(kl_to, kl + i);
+    return to;
   }
 
   int64_t grain() const { return std::max<int64_t>(1, 4096 / std::max<int64_t>(length, 1)); }
@@ -61,8 +69,13 @@ std::tuple<at::Tensor, at::Tensor> token_rewards_cpu(const at::Tensor& scores, c
   at::Tensor rewards = at::empty_like(in.logprobs), kl = at::empty_like(in.logprobs);
   AT_DISPATCH_FLOATING_TYPES(in.type, "token_rewards", [&] {
     auto *rp = rewards.mutable_data_ptr<scalar_t>(), *kp = kl.mutable_data_ptr<scalar_t>();
+    const auto* mp = in.mask.const_data_ptr<bool>();
     at::parallel_for(0, in.batch, in.grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) in.row<scalar_t>(b, kl_coef, beta, estimator, rp, kp);
+      RowBuffers<scalar_t> buffers(in.length);
+      for (int64_t b = begin; b < end; ++b) {
+        buffers.places.find(mp + b * in.length);
+        in.row<scalar_t>(b, buffers, kl_coef, beta, estimator, rp, kp);
+      }
     });
   });
   return {rewards, kl};
@@ -73,8 +86,12 @@ void whiten_rows(T* advantages, const bool* mask, const std::vector<Moments>& ro
   Moments all;
   for (const Moments& row : rows) all.merge(row);
   const T mean = static_cast<T>(all.mean), scale = static_cast<T>(1 / std::sqrt(all.variance() + 1e-8));
+  const auto* counts = reinterpret_cast<const uint8_t*>(mask);  // a loop over bool is not vectorised
   at::parallel_for(0, static_cast<int64_t>(rows.size()), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * length; i < end * length; ++i) advantages[i] = mask[i] ? (advantages[i] - mean) * scale : 0;
+#pragma omp simd
+    for (int64_t i = begin * length; i < end * length; ++i) {
+      advantages[i] = counts[i] != 0 ? (advantages[i] - mean) * scale : T(0);
+    }
   });
 }
 
@@ -97,14 +114,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rollout_advantages_cp
     const auto* vp = v.const_data_ptr<scalar_t>();
     const auto* mp = in.mask.const_data_ptr<bool>();
     at::parallel_for(0, in.batch, in.grain(), [&](int64_t begin, int64_t end) {
+      RowBuffers<scalar_t> buffers(in.length);
+      auto& places = buffers.places;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * in.length;
-        in.row<scalar_t>(b, kl_coef, beta, estimator, rp, kp);
-        gae_row<scalar_t>(rp + i, vp + i, mp + i, in.length, gamma, lam, ap + i, gp + i);
-        if (whiten) {
-          const scalar_t* row = ap + i;
-          moments[b] = moments_of(mp + i, in.length, [&](int64_t t) { return static_cast<double>(row[t]); });
-        }
+        places.find(mp + i);
+        const auto* row_rewards = in.row<scalar_t>(b, buffers, kl_coef, beta, estimator, rp, kp);
+        auto *to = places.target(ap + i, buffers[6]), *returns_to = places.target(gp + i, buffers[7]);
+        gae_row<scalar_t>(row_rewards, places.gather(vp + i, buffers[8]), places.count(), gamma, lam, buffers[9], to,
+                          returns_to);
+        places.put(to, ap + i);
+        places.put(returns_to, gp + i);
+        if (whiten) moments[b] = moments_of(to, places.count());
       }
     });
     if (whiten) whiten_rows<scalar_t>(ap, mp, moments, in.length, in.grain());
