@@ -116,12 +116,12 @@ def main(config: BestOfNConfig) -> Path:
     task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
     where = loading_options(config)
-    sampler, tokenizer = load_policy(config.init, **where)
-    reward_model = load_reward_model(config.rm, **where) if config.rm else None
+    sampler, tokenizer = load_policy(config.init, frozen=True, **where)
+    reward_model = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
     ref = load_reference(config.ref, tokenizer, **where) if config.ref else sampler
-    policy, _ = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
+    policy, _ = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, lora=config.lora, **where)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
 
     found = Values()

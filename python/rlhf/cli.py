@@ -34,6 +34,7 @@ STAGES = {
     "rft": Stage("rlhf.rft", "RftConfig", "sample, keep what scores high, fine-tune on it, and again"),
     "dpo": Stage("rlhf.dpo", "DpoConfig", "train the policy on pairs of responses, without a reward model"),
     "evaluate": Stage("rlhf.evaluate", "EvaluateConfig", "proxy and gold reward, KL, length, diversity of a policy"),
+    "merge": Stage("rlhf.lora", "MergeConfig", "write a model with LoRA as one with whole weights"),
     "report": Stage("rlhf.report", "ReportConfig", "one HTML page from any number of run folders"),
     "demo": Stage("rlhf.demo", "DemoConfig", "the whole pipeline on a generated task: no network, no data file"),
 }

@@ -4,7 +4,10 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 
 class UserError(ValueError):
@@ -50,10 +53,26 @@ class CommonConfig:
         5, "stop after this many steps in a row in which a loss, a reward or a gradient was NaN or infinite", low=1
     )
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    lora_r: int = option(0, "rank of LoRA adapters that train instead of the weights; 0 trains the weights", low=0)
+    lora_alpha: float | None = option(
+        None, "an adapter counts lora_alpha / lora_r times; 2 · lora_r unless given", above=0
+    )
+    lora_target_modules: tuple[str, ...] = option(
+        (), "endings of the names of the linear layers that get an adapter; all linear layers unless given"
+    )
     report_to: str = option("none", "also write the metrics for this tracker", choices=("none", "tensorboard"))
+
+    @property
+    def lora(self) -> "Lora | None":
+        from .lora import Lora
+
+        alpha = 2.0 * self.lora_r if self.lora_alpha is None else self.lora_alpha
+        return Lora(self.lora_r, alpha, tuple(sorted(self.lora_target_modules))) if self.lora_r else None
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not self.lora_r and (self.lora_alpha is not None or self.lora_target_modules):
+            raise UserError("lora_alpha and lora_target_modules need lora_r, got lora_r 0")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other, got both")
 

@@ -231,9 +231,9 @@ def main(config: DpoConfig) -> Path:
     seed_everything(config.seed)
     task = with_gold(task_of(config, config.init), config)
     where = loading_options(config)
-    policy, tokenizer = load_policy(config.init, **where)
+    policy, tokenizer = load_policy(config.init, lora=config.lora, **where)
     ref = load_reference(config.ref or config.init, tokenizer, **where)
-    reward_model = load_reward_model(config.rm, **where) if config.rm else None
+    reward_model = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))
     checkpoint = run.load_checkpoint()
@@ -249,7 +249,7 @@ def main(config: DpoConfig) -> Path:
         ref_logprobs = reference_logprobs(ref, tokenizer, pairs, config)
 
     if checkpoint:
-        policy, _ = load_policy(str(checkpoint.folder / "model"), **where)
+        policy, _ = load_policy(str(checkpoint.folder / "model"), lora=config.lora, **where)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)

@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 
 from .config import UserError
 from .data import Batch, position_ids
+from .lora import Adapter, Lora, add_adapter, has_head, read_adapter, share_frozen
 from .run import resolve_device, resolve_model
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def load_policy(
     dtype: torch.dtype | str = torch.float32,
     trust_remote_code: bool = False,
     tokenizer_texts: Iterable[str] | None = None,
+    lora: Lora | None = None,
+    frozen: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, without dropout, in eval mode.
 
@@ -50,25 +53,34 @@ def load_policy(
         device, dtype: where the weights go and what they are.
         trust_remote_code: run the Python files that come with the model.
         tokenizer_texts: what the byte-level BPE of "tiny" is trained on.
+        lora: train an adapter instead of the weights: the one in the folder, or a new one. A folder that has one is
+            loaded with it anyway.
+        frozen: the model will not be trained. Frozen weights, those below an adapter too, are shared between the models
+            that come from the same folder.
 
     Raises:
-        UserError: "tiny" without texts; a tokenizer without an EOS token, or with more tokens than the model has.
+        UserError: "tiny" without texts or with LoRA; a tokenizer without an EOS token, or with more tokens than the
+            model has; a `lora` that is not the folder's.
         FileNotFoundError: a local path that is not there.
     """
     from transformers import AutoModelForCausalLM
 
     if name == TINY:
-        tokenizer = train_tokenizer(_needed(tokenizer_texts))
+        tokenizer = train_tokenizer(_needed(tokenizer_texts, lora))
         model = AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=as_dtype(dtype))
     else:
         path = resolve_model(name)
+        saved = checked_adapter(path, lora)
+        base = saved.base if saved else path
         with _loading(path):
-            tokenizer = load_tokenizer(path, trust_remote_code)
-            config = config_without_dropout(path, trust_remote_code)
+            tokenizer = load_tokenizer(described(path, saved, "tokenizer_config.json"), trust_remote_code)
+            config = config_without_dropout(described(path, saved, "config.json"), trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=as_dtype(dtype), trust_remote_code=trust_remote_code
+                base, config=config, dtype=as_dtype(dtype), trust_remote_code=trust_remote_code
             )
     _check_tokenizer(name, model, tokenizer)
+    if name != TINY:
+        freeze_and_adapt(model, base, device, lora, saved, frozen)
     model.config.pad_token_id = tokenizer.pad_token_id
     return _ready(model, device), tokenizer
 
@@ -80,29 +92,34 @@ def load_reward_model(
     dtype: torch.dtype | str = torch.float32,
     trust_remote_code: bool = False,
     tokenizer_texts: Iterable[str] | None = None,
+    lora: Lora | None = None,
+    frozen: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with one score for a text, and its tokenizer, without dropout, in eval mode.
 
-    `name` is as in `load_policy`. From a causal language model only the trunk is taken; a head that is not in the
-    folder is new: N(0, 1/√(d+1)) with bias 0. `config.score_mean` and `config.score_std` (0 and 1 where there are none)
-    normalise what `scores` returns.
+    `name`, `lora` and `frozen` are as in `load_policy`; the head trains whole. From a causal language model only the
+    trunk is taken; a head that is not in the folder is new: N(0, 1/√(d+1)) with bias 0. `config.score_mean` and
+    `config.score_std` (0 and 1 where there are none) normalise what `scores` returns.
     """
     from transformers import AutoModelForSequenceClassification
 
+    saved = None
     if name == TINY:
-        tokenizer = train_tokenizer(_needed(tokenizer_texts))
+        tokenizer = train_tokenizer(_needed(tokenizer_texts, lora))
         config = tiny_config(tokenizer)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=as_dtype(dtype))
         missing: Iterable[str] = ("score.weight",)
     else:
         path = resolve_model(name)
+        saved = checked_adapter(path, lora)
+        base = saved.base if saved else path
         with _loading(path):
-            tokenizer = load_tokenizer(path, trust_remote_code)
-            config = config_without_dropout(path, trust_remote_code)
+            tokenizer = load_tokenizer(described(path, saved, "tokenizer_config.json"), trust_remote_code)
+            config = config_without_dropout(described(path, saved, "config.json"), trust_remote_code)
             config.num_labels = 1
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
+                base,
                 config=config,
                 dtype=as_dtype(dtype),
                 trust_remote_code=trust_remote_code,
@@ -110,7 +127,7 @@ def load_reward_model(
             )
         missing = info["missing_keys"]
     head = score_head(model)
-    new = any(key.endswith("score.weight") for key in missing)
+    new = any(key.endswith("score.weight") for key in missing) and not (saved and has_head(saved))
     if new:
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
         if head.bias is not None:
@@ -118,6 +135,8 @@ def load_reward_model(
     if new or not hasattr(model.config, "score_mean"):  # a head that was trained elsewhere keeps its scale
         model.config.score_mean, model.config.score_std = 0.0, 1.0
     _check_tokenizer(name, model, tokenizer)
+    if name != TINY:
+        freeze_and_adapt(model, base, device, lora, saved, frozen)
     model.config.pad_token_id = tokenizer.pad_token_id
     return _ready(model, device), tokenizer
 
@@ -133,10 +152,46 @@ def loading_options(config: Any) -> dict[str, Any]:
 
 def load_reference(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
     """The policy that a KL is measured to, frozen. Raises UserError unless its tokenizer is the policy's."""
-    model, own = load_policy(name, **options)
+    model, own = load_policy(name, frozen=True, **options)
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"reference {name} must have the policy's tokenizer: both score the same tokens")
-    return model.requires_grad_(False)  # type: ignore[return-value]
+    return model
+
+
+def checked_adapter(path: str, lora: Lora | None) -> Adapter | None:
+    """The adapter in a model folder, if there is one; it must be of the rank and the layers that are asked for."""
+    saved = read_adapter(path)
+    if saved is not None and lora is not None:
+        for flag in ("r", "alpha", "target_modules"):
+            there, asked = getattr(saved.lora, flag), getattr(lora, flag)
+            if there != asked and (flag != "target_modules" or asked):
+                raise UserError(
+                    f"{path} has an adapter with lora_{flag} = {there}, and it goes on with that; got {asked}"
+                )
+    return saved
+
+
+def described(path: str, saved: Adapter | None, file: str) -> str:
+    """Where a model's `file` is: in its folder, or with the base of an adapter that another program has written."""
+    return path if saved is None or (saved.folder / file).exists() else saved.base
+
+
+def freeze_and_adapt(
+    model: PreTrainedModel,
+    base: str,
+    device: str | torch.device,
+    lora: Lora | None,
+    saved: Adapter | None,
+    frozen: bool,
+) -> None:
+    """Makes a model that was just loaded from `base` share its frozen weights, and gives it its adapter."""
+    wanted = saved.lora if saved else lora
+    if frozen or wanted:
+        share_frozen(model, base, device)
+    if wanted and (saved or not frozen):
+        add_adapter(model, base, wanted, saved)
+    if frozen:
+        model.requires_grad_(False)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -217,7 +272,11 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _needed(texts: Iterable[str] | None) -> Iterable[str]:
+def _needed(texts: Iterable[str] | None, lora: Lora | None) -> Iterable[str]:
+    if lora is not None:
+        raise UserError(
+            f'model "{TINY}" is made from scratch: there is nothing trained that lora_r could leave as it is'
+        )
     if texts is None:
         raise UserError(
             f'model "{TINY}" is made from scratch and needs texts for its tokenizer: start from a stage with data'

@@ -21,6 +21,7 @@ from .experience import Models, make_experience, rollout_metrics, rollout_record
 from .gold_model import with_gold
 from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl, measured_kl
+from .lora import trainable
 from .model import load_policy, load_reference, load_reward_model, loading_options, zero_head
 from .overoptimization import overoptimization, watch_gold
 from .ppo_config import PpoConfig
@@ -105,24 +106,22 @@ def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tup
     """Models, fresh or as the checkpoint left them, and a fresh optimiser."""
     folder = checkpoint.folder if checkpoint else None
     where = loading_options(config)
-    policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, **where)
+    policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, lora=config.lora, **where)
     ref = load_reference(config.ref or config.init, tokenizer, **where)
-    loaded = load_reward_model(config.rm, **where) if config.rm else None
+    loaded = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
     scorer = scorer_of(config, loaded, tokenizer, task)
     assert scorer is not None  # the config has seen to it
     reward_model = loaded[0] if loaded else None
     if folder:
-        value, _ = load_reward_model(str(folder / "value"), **where)
+        value, _ = load_reward_model(str(folder / "value"), lora=config.lora, **where)
     else:
-        value, _ = load_reward_model(value_start(config, loaded and loaded[1], tokenizer), **where)
+        value, _ = load_reward_model(value_start(config, loaded and loaded[1], tokenizer), lora=config.lora, **where)
         zero_head(value)
         value.config.score_mean, value.config.score_std = 0.0, 1.0
-    if reward_model is not None:
-        reward_model.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(policy.parameters()), "peak": config.learning_rate},
-            {"params": list(value.parameters()), "peak": config.value_learning_rate or config.learning_rate},
+            {"params": trainable(policy), "peak": config.learning_rate},
+            {"params": trainable(value), "peak": config.value_learning_rate or config.learning_rate},
         ],
         lr=config.learning_rate,
         eps=config.adam_eps,

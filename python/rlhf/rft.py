@@ -168,9 +168,11 @@ def main(config: RftConfig) -> Path:
         raise UserError(f"{config.data}: the data has no prompts to sample from")
     checkpoint = run.load_checkpoint()
     where = loading_options(config)
-    policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
+    policy, tokenizer = load_policy(
+        str(checkpoint.folder / "model") if checkpoint else config.init, lora=config.lora, **where
+    )
     ref = load_reference(config.ref or config.init, tokenizer, **where)
-    reward_model = load_reward_model(config.rm, **where) if config.rm else None
+    reward_model = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     assert scorer is not None  # the config refuses a run without one
     check_prompts(policy, tokenizer, task.prompts, config.response_length or task.response_length)

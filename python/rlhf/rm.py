@@ -272,6 +272,7 @@ def main(config: RmConfig) -> Path:
     model, tokenizer = load_reward_model(
         str(checkpoint.folder / "model") if checkpoint else config.init,
         tokenizer_texts=task.texts(),
+        lora=config.lora,
         **loading_options(config),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)

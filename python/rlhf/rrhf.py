@@ -354,9 +354,11 @@ def main(config: RrhfConfig) -> Path:
     task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
     where = loading_options(config)
-    policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
+    policy, tokenizer = load_policy(
+        str(checkpoint.folder / "model") if checkpoint else config.init, lora=config.lora, **where
+    )
     ref = load_reference(config.ref or config.init, tokenizer, **where)
-    reward_model = load_reward_model(config.rm, **where) if config.rm else None
+    reward_model = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
     scorer = scorer_of(config, reward_model, tokenizer, task)
     check_prompts(policy, tokenizer, task.prompts, config.response_length or task.response_length)
     evaluator = Evaluator.of(config, task, Judges(ref, scorer, task.gold))

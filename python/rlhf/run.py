@@ -34,6 +34,7 @@ from .chat import renderer_hash
 from .checkpoint import Unreadable, read_state, write_state
 from .config import UserError
 from .files import append_line, clear, new_folder, plain, read_lines, recover, write_atomically, write_json
+from .lora import has_adapter, save_adapter
 
 
 class Checkpoint(NamedTuple):
@@ -302,7 +303,7 @@ def resolve_model(path: str, name: str = "model") -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         for candidate in (folder / name, folder):
-            if (candidate / "config.json").exists():
+            if any((candidate / file).exists() for file in ("config.json", "adapter_config.json")):
                 return str(candidate)
         if (folder / "run.json").exists():
             raise UserError(f"{path} is a run folder without {name}/: the run has not finished, or saves no {name}")
@@ -374,7 +375,10 @@ def _save_pretrained(folder: Path, model: Any, tokenizer: Any) -> None:
     if tokenizer is not None:
         model.config.renderer_hash = renderer_hash(tokenizer)  # what later stages must render messages with
         tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    if has_adapter(model):
+        save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
 
 
 def _summary_writer(folder: Path, resumed_step: int | None) -> Any:

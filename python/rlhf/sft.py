@@ -151,6 +151,7 @@ def main(config: SftConfig) -> Path:
     model, tokenizer = load_policy(
         str(checkpoint.folder / "model") if checkpoint else config.model,
         tokenizer_texts=task.texts(),
+        lora=config.lora,
         **loading_options(config),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)

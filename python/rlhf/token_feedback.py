@@ -106,9 +106,11 @@ def main(config: TokenFeedbackConfig) -> Path:
     task = task_of(config, config.init)
     checkpoint = run.load_checkpoint()
     where = loading_options(config)
-    policy, tokenizer = load_policy(str(checkpoint.folder / "model") if checkpoint else config.init, **where)
+    policy, tokenizer = load_policy(
+        str(checkpoint.folder / "model") if checkpoint else config.init, lora=config.lora, **where
+    )
     ref = load_reference(config.ref or config.init, tokenizer, **where)
-    reward_model = load_reward_model(config.rm, **where) if config.rm else None
+    reward_model = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
     evaluator = Evaluator.of(config, task, Judges(ref, scorer_of(config, reward_model, tokenizer, task), task.gold))
     everything = read_feedback(config.feedback, tokenizer, config.overlap)
     heldout, rows = split(everything, config.seed, config.eval_fraction) if config.eval_fraction else ([], everything)
