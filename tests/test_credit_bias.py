@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
+from rlhf.advantages import total_return
 from rlhf.credit import shaped_scores, spread
-from rlhf.returns import total_return
 
 RESPONSES = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
 SCORES = torch.tensor([1.0, -0.5, 0.25, 2.0], dtype=torch.float64)

@@ -20,6 +20,7 @@ def test_known_values(dtype):
     x = torch.tensor(X, dtype=dtype)
     close(rk.masked_mean(x, MASK), 3.5)
     close(rk.masked_whiten(x, MASK), [-1.091089, -0.654654, 0.218218, 1.527525, 0])
+    close(rk.masked_whiten(x, MASK, unbiased=True), [-0.944911, -0.566947, 0.188982, 1.322876, 0])
     close(rk.masked_whiten(x, MASK, shift_mean=False), [2.408911, 2.845346, 3.718218, 5.027525, 0])
 
 
@@ -47,7 +48,7 @@ def test_none_one_and_equal_places():
     nothing, one = torch.tensor([0, 0, 0]), torch.tensor([1, 0, 0])
     assert rk.masked_mean(x, nothing) == 0
     assert rk.masked_whiten(x, nothing).tolist() == [0, 0, 0]
-    assert rk.masked_whiten(x, one).tolist() == [0, 0, 0]
+    assert rk.masked_whiten(x, one).tolist() == rk.masked_whiten(x, one, unbiased=True).tolist() == [0, 0, 0]
     assert rk.masked_whiten(x, one, shift_mean=False).tolist() == [3.25, 0, 0]
     assert rk.masked_whiten(x, torch.tensor([0, 1, 1])).tolist() == [0, 0, 0]
     close(rk.masked_whiten(x, torch.tensor([0, 1, 1]), shift_mean=False), [0.0, 9, 9])

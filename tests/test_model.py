@@ -177,11 +177,11 @@ def test_values_stand_before_each_response_token(reward_model):
     prompts, responses = texts()
     batch = collate(prompts, responses, PAD)
     found = values(reward_model, batch)
-    assert found.shape == batch.mask.shape and found.dtype == torch.float32
+    assert found.shape == (len(batch), batch.mask.shape[1] + 1) and found.dtype == torch.float32
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
         hidden = reward_model.model(torch.tensor([prompt + response])).last_hidden_state[0]
-        expected = reward_model.score(hidden[len(prompt) - 1 : -1])[:, 0]
-        torch.testing.assert_close(found[row, : len(response)], expected, **TOLERANCE)
+        expected = reward_model.score(hidden[len(prompt) - 1 :])[:, 0]
+        torch.testing.assert_close(found[row, : len(response) + 1], expected, **TOLERANCE)
 
 
 def test_normalization_makes_mean_0_and_std_1(reward_model):

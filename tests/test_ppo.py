@@ -9,12 +9,14 @@ import torch
 
 from rlhf import kl_control, ppo, ppo_update
 from rlhf.config import UserError
-from rlhf.data import load_task
+from rlhf.data import decode, load_task
 from rlhf.experience import Models, make_experience, rollout_record, score_rollout
-from rlhf.model import load_policy, load_reward_model, response_logits
-from rlhf.rollout import generate
+from rlhf.model import load_policy, load_reward_model, response_logits, response_logprobs, values
+from rlhf.ptx import Demonstrations
+from rlhf.rollout import generate, given_rollout
 from rlhf.run import Run
-from rlhf.scorer import RewardModelScorer
+from rlhf.scorer import RewardModelScorer, Scores
+from rlhf.scores import ScoreNormalizer
 
 
 def config(out, start, **changes):
@@ -133,9 +135,9 @@ def test_other_shapings_of_the_same_responses(tmp_path, start):
     for sample in map(json.loads, (folder / "samples.jsonl").read_text().splitlines()):
         credits = sample["credit_by_shaping"]
         assert tuple(credits) == kinds and credits["terminal"] == sample["credit"]
-        for kind, values in credits.items():
-            assert len(values) == len(sample["tokens"]), kind
-            assert sum(values) == pytest.approx(sample["score"], abs=1e-4), kind
+        for kind, each in credits.items():
+            assert len(each) == len(sample["tokens"]), kind
+            assert sum(each) == pytest.approx(sample["score"], abs=1e-4), kind
         assert len({tuple(values) for values in credits.values()}) == len(kinds) or len(sample["tokens"]) == 1
 
 
@@ -246,6 +248,135 @@ def test_passes_stop_by_kl(models, experience, start, tmp_path):
     optimizer = torch.optim.AdamW([*models.policy.parameters(), *models.value.parameters()], lr=1e-2)
     stats = ppo_update.update(models, optimizer, experience, settings, 0.05)
     assert stats["passes"] < 4 and stats["k1"] > 1e-4
+
+
+# --- the variants, end to end ---
+
+VARIANTS = {
+    "grpo": {"estimator": "grpo", "num_generations": 4, "kl_in": "loss", "kl_estimator": "k3"},
+    "rloo": {"estimator": "rloo", "num_generations": 2, "whiten_scope": "minibatch", "policy_loss": "cispo"},
+    "remax": {"estimator": "remax", "policy_loss": "gpg"},
+    "reinforce++": {"estimator": "reinforce++", "kl_estimator": "full", "policy_loss": "gmpo", "kl_in": "none"},
+    "dynamic": {"estimator": "dr_grpo", "num_generations": 2, "dynamic_sampling": True},
+    "shared": {"value_trunk": "shared", "bootstrap_truncated": True, "lam_value": 1.0, "score_norm": "affine"},
+    "after_eos": {"score_position": "after_eos", "whiten_rewards": True, "score_norm": "bias-only", "micro_batch": 3},
+    "last_column": {"score_position": "last_column", "whiten_scope": "minibatch", "score_norm": "running-std"},
+    "ptx": {"ptx_coef": 1.0, "ptx_batch_size": 4, "cliprange_value": None, "missing_eos": "soft-overlong"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_run(tmp_path, start, name):
+    folder = ppo.main(config(tmp_path / "run", start, steps=1, eval_every=0, num_samples=2, **VARIANTS[name]))
+    line = metrics(folder)[-1]
+    assert all(value is not None for value in line.values()), "a metric is not finite"
+    critic = VARIANTS[name].get("estimator") is None
+    assert (folder / "value").exists() == critic == ("loss/value_avg" in line)
+    assert ("loss/ptx_avg" in line) == (name == "ptx")
+    assert line["tokens/mean_length"] > 0 and line["val/ratio"] == pytest.approx(1, abs=0.5)
+
+
+def test_responses_to_a_prompt_stand_side_by_side(models, start, tmp_path):
+    settings = config(tmp_path, start, estimator="grpo", num_generations=4)
+    rollout = ppo.step_rollout(models, load_task("reviews", 0), settings, 6, step=1)
+    assert [rollout.prompts[i] == rollout.prompts[i - 1] for i in range(1, 8)] == [True] * 3 + [False] + [True] * 3
+
+
+def test_dynamic_sampling(models, start, tmp_path):
+    """Scores 0 or 1 by the first token: prompts whose two responses agree give way to others, until all differ."""
+    models.scorer = lambda rollout: Scores((rollout.batch.responses[:, 0] % 2).float())
+    settings = config(tmp_path, start, num_generations=2, dynamic_sampling=True, missing_eos="mask")
+    torch.manual_seed(3)
+    task = load_task("reviews", 0)
+    rollout = ppo.step_rollout(models, task, settings, 3, step=1)
+    first = rollout.batch.responses[:, 0].view(-1, 2) % 2
+    assert (first[:, 0] != first[:, 1]).all()
+    assert len(rollout.prompts) == len(rollout.responses) == len(rollout.terminated) == len(first) * 2 == 8
+    assert set(rollout.prompts) - set(ppo.step_prompts(task, settings, 1)), "nothing was sampled anew: choose a seed"
+    assert [rollout.prompts[i] == rollout.prompts[i + 1] for i in (0, 2, 4, 6)] == [True] * 4
+    for row, text in enumerate(rollout.responses):
+        kept = rollout.batch.responses[row][rollout.batch.mask[row]].tolist()
+        ended = kept[-1] == models.tokenizer.eos_token_id
+        assert rollout.terminated[row].item() == ended
+        assert decode(models.tokenizer, kept[:-1] if ended else kept) == text
+    models.scorer = lambda rollout: Scores(torch.ones(len(rollout.prompts)))
+    with pytest.raises(UserError, match="after 10 rounds there are still 4 prompts whose 2 responses all have"):
+        ppo.step_rollout(models, task, settings, 1, step=1)
+
+
+def test_a_head_on_the_policys_trunk(start, tmp_path):
+    """Values from the policy's own pass are those of a pass of the value model, and both losses reach the trunk."""
+    settings = config(tmp_path / "run", start, value_trunk="shared", vf_coef=1.0)
+    models, optimizer = ppo.prepare(settings, None, load_task("reviews", 0))
+    assert models.value.base_model is models.policy.base_model
+    policy, value = optimizer.param_groups
+    assert [p.shape for p in value["params"]] == [(1, 128)] and len(policy["params"]) > 30
+    torch.nn.init.normal_(models.value.score.weight)
+    run = Run.create(settings.out, "ppo", settings)
+    rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:8], response_length=6)
+    experience = make_experience(models, rollout, settings, 0.05, run)
+    *_, found, _ = ppo_update.forward(models, experience.batch, settings)
+    torch.testing.assert_close(found, values(models.value, experience.batch), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), [models.policy.model.embed_tokens.weight])
+    assert gradient.abs().sum() > 0
+
+
+def test_demonstrations_are_a_function_of_the_step(models):
+    torch.manual_seed(0)
+    task = load_task("reviews", 0)
+    first = Demonstrations(task.demonstrations[:10], models.tokenizer, 4, seed=1)
+    assert sorted(first.chosen(0) + first.chosen(1) + first.chosen(2)[:2]) == list(range(10))
+    assert first.chosen(7) == Demonstrations(task.demonstrations[:10], models.tokenizer, 4, seed=1).chosen(7)
+    gradients = []
+    for size in (None, 1):
+        models.policy.zero_grad()
+        loss = first.backward(models.policy, 0, 2.0, micro_batch=size)
+        gradients.append(models.policy.model.embed_tokens.weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    chosen = [task.demonstrations[i] for i in first.chosen(0)]
+    given = given_rollout(models.tokenizer, [d.prompt for d in chosen], [d.response for d in chosen], "cpu")
+    mean = response_logprobs(models.policy, given.batch).sum() / given.batch.mask.sum()
+    assert loss.item() == pytest.approx(-2 * mean.item(), rel=1e-5)
+
+
+def test_scores_under_normalisation_and_rules(models, start, tmp_path):
+    """bias-only, then the rule; what is not a factor of the score stands on the last token, the rest is spread."""
+    settings = config(tmp_path, start, reward_shaping="uniform", beta=1.0, missing_eos="replace", score_clip=2.0)
+    torch.manual_seed(1)
+    rollout = generate(models.policy, models.tokenizer, load_task("reviews", 0).prompts[:4], response_length=6)
+    rollout.terminated = torch.tensor([True, False, True, True])
+    models.scorer = lambda rollout: Scores(torch.tensor([1.0, 2.0, 9.0, -1.0]))
+    models.normalizer = ScoreNormalizer("bias-only", clip=2.0)
+    models.normalizer.fit(torch.tensor([0.0, 1.0]))
+    scores, earned = score_rollout(models, rollout, settings)
+    assert scores.tolist() == [0.5, -1, 2, -1.5]
+    torch.testing.assert_close(earned.sum(1), scores)
+    lengths = rollout.batch.mask.sum(1)
+    for row, raw in enumerate([1.0, 2, 9, -1]):
+        share = raw / lengths[row]
+        torch.testing.assert_close(earned[row, : lengths[row] - 1], share.expand(lengths[row] - 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": "grpo"}, "num_generations must be at least 2 for grpo, got 1"),
+        ({"num_generations": 3}, "batch_size must be a multiple of num_generations 3, got 8"),
+        ({"dynamic_sampling": True}, "num_generations must be at least 2 for dynamic_sampling, got 1"),
+        (
+            {"estimator": "remax", "value_trunk": "shared"},
+            "value_trunk shared needs a value model",
+        ),
+        ({"missing_eos": "scale", "missing_eos_penalty": 2.0}, "must be at most 1 with missing_eos scale, got 2"),
+        (
+            {"score_position": "after_eos", "reward_shaping": "uniform"},
+            "is for terminal rewards alone, got reward",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, start, change, message):
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, start, **change)
 
 
 def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):

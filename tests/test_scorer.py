@@ -225,10 +225,10 @@ def test_dense_rewards_make_the_returns(tmp_path, start, models):
     assert [len(ids) for ids in rollout.batch.mask.sum(1, keepdim=True)] == [1, 1]
     first, second = rollout.batch.mask.sum(1).tolist()
     experience = experience_of(models, config, rollout, lambda **_: [[1.0] * first, [0.0] * (second - 1) + [2.0]])
-    expected = torch.zeros_like(experience.returns)
+    expected = torch.zeros_like(experience.advantages)
     expected[0, :first] = torch.arange(first, 0, -1.0)
     expected[1, :second] = 1.5  # 2 less the penalty of a response that was cut off
-    torch.testing.assert_close(experience.returns, expected)
+    torch.testing.assert_close(experience.returns[:, :-1], expected)
     torch.testing.assert_close(experience.advantages, expected)
     torch.testing.assert_close(experience.scores, torch.tensor([float(first), 1.5]))
 

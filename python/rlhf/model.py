@@ -464,9 +464,31 @@ def set_score_normalization(model: PreTrainedModel, raw_scores: Tensor) -> None:
 
 
 def values(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """values [B, T] fp32 before each response token, at the positions whose logits score it; differentiable."""
+    """values [B, T+1] fp32 before each response token, where its logits stand, and after the last; differentiable."""
     hidden = hidden_states(model, batch.tokens, batch.attention_mask)
-    return head_scores(model, hidden[:, batch.prompt_width - 1 : -1], normalized=False)
+    return head_scores(model, hidden[:, batch.prompt_width - 1 :], normalized=False)
+
+
+def share_trunk(value: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """The value model becomes a head on the policy's trunk. Raises UserError where their architectures differ."""
+    trunk = policy.base_model
+    if trunk is policy or type(trunk) is not type(value.base_model):
+        raise UserError(
+            f"a value head cannot stand on the trunk of {type(policy).__name__}: "
+            f"{type(value).__name__} has {type(value.base_model).__name__}"
+        )
+    setattr(value, value.base_model_prefix, trunk)
+
+
+@contextmanager
+def trunk_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects the last hidden states [B, L, d] of each pass through the model's trunk inside."""
+    states: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()
 
 
 def zero_head(model: PreTrainedModel) -> None:

@@ -40,7 +40,7 @@ class Weights(NamedTuple):
     values: Tensor
 
 
-def token_weights(aggregation: str, mask: Tensor, length: int) -> Weights:
+def token_weights(aggregation: str, mask: Tensor, length: int, value_mask: Tensor | None = None) -> Weights:
     """The weights of the tokens of a minibatch; over its B rows, of which S have tokens, n_b in row b and N in all:
 
         "token-mean"               1 / N
@@ -51,15 +51,17 @@ def token_weights(aggregation: str, mask: Tensor, length: int) -> Weights:
 
     Args:
         mask: [B, T] bool, the whole minibatch's, also where micro-batches go through the model.
-        length: tokens that a response may have.
+        length: tokens that a response may have. value_mask: [B, ·] bool, the places of the value loss, `mask` unless
+            given; a mean over tokens is over these.
     """
     counts = mask.sum(1).float()
-    tokens, filled = counts.sum().clamp(min=1), (counts > 0).sum().clamp(min=1).float()
+    filled = (counts > 0).sum().clamp(min=1).float()
+    values = 1 / (mask if value_mask is None else value_mask).sum().clamp(min=1).float()
     if aggregation == "seq-mean-token-mean":
-        return Weights(1 / (filled * counts.clamp(min=1)), 1 / tokens)
+        return Weights(1 / (filled * counts.clamp(min=1)), values)
     if aggregation == "token-mean":
-        weight = 1 / tokens
-    elif aggregation == "seq-mean-token-sum":
+        return Weights((1 / counts.sum().clamp(min=1)).expand(len(mask)), values)
+    if aggregation == "seq-mean-token-sum":
         weight = 1 / filled
     elif aggregation == "constant-length":
         weight = counts.new_tensor(1 / (max(len(mask), 1) * length))

@@ -1,7 +1,7 @@
-"""PPO with a critic: sparse or dense rewards, KL penalty in the reward, one process.
+"""PPO, with a value model or without: sparse or dense rewards, KL penalty in reward or loss, one process.
 
-One step, in this order: sample → score (missing-EOS penalty) → old and reference log-probabilities, values → rewards
-and advantages (`experience.py`) → epochs of minibatches (`ppo_update.py`) → KL controller (`kl_control.py`).
+One step, in this order: sample → score (`scores.py`) → old and reference log-probabilities, values → rewards and
+advantages (`experience.py`) → epochs of minibatches (`ppo_update.py`) → KL controller (`kl_control.py`).
 """
 
 from __future__ import annotations
@@ -13,27 +13,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .config import UserError
-from .data import Task, decode_tokens, epoch_order, task_of
+from .data import Demonstration, Task, decode_tokens, epoch_order, task_of
 from .evaluate import Evaluator, Judges, eval_prompts
-from .experience import Models, make_experience, rollout_metrics, rollout_record, score_rollout
+from .experience import (
+    Models,
+    adjusted_scores,
+    make_experience,
+    rollout_metrics,
+    rollout_record,
+    score_rollout,
+)
 from .gold_model import with_gold
 from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl, measured_kl
-from .lora import trainable
-from .model import load_policy, load_reference, load_reward_model, loading_options, zero_head
+from .model import load_policy, load_reference, load_reward_model, loading_options, share_trunk, zero_head
 from .overoptimization import overoptimization, watch_gold
 from .ppo_config import PpoConfig
-from .ppo_update import update, update_metrics
+from .ppo_update import trained_parameters, update, update_metrics
+from .ptx import Demonstrations
 from .reading import same_tokens
-from .rollout import check_prompts, generate
+from .rollout import Rollout, check_prompts, generate, given_rollout, joined_rollouts
 from .run import Checkpoint, Run, seed_everything
 from .schedule import schedule
 from .scorer import scorer_of
+from .scores import ScoreNormalizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REFERENCES = 512
+"""Demonstrations whose mean score is the bias of score_norm bias-only."""
+
+MAX_RESAMPLES = 10
+"""Rounds of dynamic sampling in a step."""
 
 
 def main(config: PpoConfig) -> Path:
@@ -48,12 +63,20 @@ def main(config: PpoConfig) -> Path:
     evaluator = Evaluator.of(config, task, Judges(models.ref, models.scorer, task.gold))
 
     kl = Values(coef=config.kl_coef)
+    demonstrations = None
+    if config.ptx_coef:
+        demonstrations = Demonstrations(
+            needed_demonstrations(task, config, "ptx_coef"), models.tokenizer, config.ptx_batch_size, config.seed
+        )
+    trained = {"model": (models.policy, models.tokenizer)}
+    if models.value is not None:
+        trained["value"] = (models.value, models.tokenizer)
     with Guard(
         run,
         config,
         config.steps,
-        models={"model": (models.policy, models.tokenizer), "value": (models.value, models.tokenizer)},
-        parts={"optimizer": optimizer, "kl": kl},
+        models=trained,
+        parts={"optimizer": optimizer, "kl": kl, "scores": models.normalizer},
         constants={
             "data": task,
             "tokenizer": models.tokenizer,
@@ -63,6 +86,8 @@ def main(config: PpoConfig) -> Path:
         checkpoint=checkpoint,
     ) as guard:
         if guard.step == 0:
+            if config.score_norm == "bias-only":
+                models.normalizer.fit(demonstration_scores(models, task, config))
             run.log(0, evaluator.metrics(models.policy, models.tokenizer, run))
         for step in guard.steps(f"ppo {config.reward_shaping}"):
             for group in optimizer.param_groups:
@@ -73,21 +98,17 @@ def main(config: PpoConfig) -> Path:
             evaluated = step == config.steps or (config.eval_every and step % config.eval_every == 0)
             with guard.attempt() as seen:
                 with run.timer("generate"):
-                    seen["rollout"] = rollout = generate(
-                        models.policy,
-                        models.tokenizer,
-                        step_prompts(task, config, step),
-                        response_length=response_length,
-                        temperature=config.temperature,
-                        micro_batch=config.micro_batch,
-                    )
+                    seen["rollout"] = rollout = step_rollout(models, task, config, response_length, step)
                 seen["experience"] = experience = make_experience(models, rollout, config, kl["coef"], run)
                 metrics |= rollout_metrics(experience, kl["coef"])
                 if evaluated or step == 1:
                     run.rollout(rollout_record(experience, step))
                 check_kl(metrics["objective/kl"], config)
                 with run.timer("train"):
-                    metrics |= update_metrics(update(models, optimizer, experience, config, kl["coef"]))
+                    stats = update(
+                        models, optimizer, experience, config, kl["coef"], demonstrations=demonstrations, step=step
+                    )
+                metrics |= update_metrics(stats)
                 measured = measured_kl(experience.kl, experience.batch.mask, config.kl_measure)
                 kl["coef"] = adapt_kl_coef(kl["coef"], measured, config)
             if evaluated:
@@ -98,7 +119,8 @@ def main(config: PpoConfig) -> Path:
     for record in credit_samples(models, task, config, response_length, guard.total, kl["coef"], run):
         run.sample(record)
     run.save_model(models.policy, models.tokenizer)
-    run.save_model(models.value, models.tokenizer, "value")
+    if models.value is not None:
+        run.save_model(models.value, models.tokenizer, "value")
     return run.finish({"kl_coef": kl["coef"], "steps": guard.total, **overoptimization(run.folder)})
 
 
@@ -112,22 +134,43 @@ def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tup
     scorer = scorer_of(config, loaded, tokenizer, task)
     assert scorer is not None  # the config has seen to it
     reward_model = loaded[0] if loaded else None
-    if folder:
-        value, _ = load_reward_model(str(folder / "value"), lora=config.lora, **where)
-    else:
-        value, _ = load_reward_model(value_start(config, loaded and loaded[1], tokenizer), lora=config.lora, **where)
-        zero_head(value)
-        value.config.score_mean, value.config.score_std = 0.0, 1.0
+    value = (
+        load_value(config, checkpoint, policy, tokenizer, loaded and loaded[1], where) if config.has_critic else None
+    )
+    models = Models(policy, value, ref, reward_model, tokenizer, scorer)
+    models.normalizer = ScoreNormalizer(config.score_norm, config.score_clip, config.score_clip_before)
+    if config.score_norm == "delta":
+        models.references = {each.prompt: each.response for each in needed_demonstrations(task, config, "score_norm")}
+    peaks = {"policy": config.learning_rate, "value": config.value_learning_rate or config.learning_rate}
     optimizer = torch.optim.AdamW(
-        [
-            {"params": trainable(policy), "peak": config.learning_rate},
-            {"params": trainable(value), "peak": config.value_learning_rate or config.learning_rate},
-        ],
+        [{"params": params, "peak": peaks[name]} for name, params in trained_parameters(models).items()],
         lr=config.learning_rate,
         eps=config.adam_eps,
         weight_decay=0.0,
     )
-    return Models(policy, value, ref, reward_model, tokenizer, scorer), optimizer
+    return models, optimizer
+
+
+def load_value(
+    config: PpoConfig,
+    checkpoint: Checkpoint | None,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rm_tokenizer: PreTrainedTokenizerBase | None,
+    where: dict[str, Any],
+) -> PreTrainedModel:
+    """The value model, fresh with a head of zeros or as the checkpoint left it; a head on the policy's if asked."""
+    shared = config.value_trunk == "shared"
+    if checkpoint:
+        value, _ = load_reward_model(str(checkpoint.folder / "value"), lora=config.lora, **where)
+    else:
+        start = config.init if shared else value_start(config, rm_tokenizer, tokenizer)
+        value, _ = load_reward_model(start, lora=config.lora, **where)
+        zero_head(value)
+        value.config.score_mean, value.config.score_std = 0.0, 1.0
+    if shared:
+        share_trunk(value, policy)
+    return value
 
 
 def value_start(
@@ -146,13 +189,64 @@ def value_start(
     return config.init
 
 
+def needed_demonstrations(task: Task, config: PpoConfig, flag: str) -> list[Demonstration]:
+    if not task.demonstrations:
+        raise UserError(f"{flag} needs demonstrations, and {config.data} has none")
+    return task.demonstrations
+
+
+def demonstration_scores(models: Models, task: Task, config: PpoConfig) -> Tensor:
+    """The scores of the first demonstrations, as many as there are responses in a few rollouts."""
+    chosen = needed_demonstrations(task, config, "score_norm")[:REFERENCES]
+    prompts, responses = [each.prompt for each in chosen], [each.response for each in chosen]
+    given = given_rollout(models.tokenizer, prompts, responses, models.policy.device)
+    return models.scorer(given).scores
+
+
+def step_rollout(models: Models, task: Task, config: PpoConfig, response_length: int, step: int) -> Rollout:
+    """The rollout of a step: num_generations responses to each of its prompts, side by side.
+
+    With dynamic_sampling a prompt whose responses all have the same score gives way to another, until each has two.
+    Raises UserError where none is found in MAX_RESAMPLES rounds.
+    """
+    prompts = step_prompts(task, config, step)
+    found: list[Rollout] = []
+    kept: list[Tensor] = []
+    for round_number in range(MAX_RESAMPLES):
+        rollout = generate(
+            models.policy,
+            models.tokenizer,
+            [prompt for prompt in prompts for _ in range(config.num_generations)],
+            response_length=response_length,
+            temperature=config.temperature,
+            micro_batch=config.micro_batch,
+        )
+        if not config.dynamic_sampling:
+            return rollout
+        scores, _ = adjusted_scores(models, rollout, models.scorer(rollout).scores, config)
+        groups = scores.view(-1, config.num_generations)
+        differ = groups.amax(1) > groups.amin(1)  # False for NaN, what cannot be scored
+        found.append(rollout)
+        kept.append(differ.repeat_interleave(config.num_generations))
+        if differ.all():
+            return joined_rollouts(found, kept, models.tokenizer.pad_token_id)
+        order = epoch_order(len(task.prompts), config.seed, -(step * MAX_RESAMPLES + round_number + 1))
+        missing = len(prompts) - int(differ.sum())
+        prompts = [task.prompts[order[i % len(order)]] for i in range(missing)]
+    raise UserError(
+        f"dynamic_sampling: after {MAX_RESAMPLES} rounds there are still {len(prompts)} prompts whose "
+        f"{config.num_generations} responses all have the same score"
+    )
+
+
 def step_prompts(task: Task, config: PpoConfig, step: int) -> list[str]:
     """The prompts of a step, a function of (seed, step): a resumed run goes on where it was."""
     if not task.prompts:
         raise UserError(f"{config.data}: the data has no prompts to sample from")
-    first, chosen = (step - 1) * config.batch_size, []
+    count = config.batch_size // config.num_generations
+    first, chosen = (step - 1) * count, []
     order: dict[int, list[int]] = {}
-    for position in range(first, first + config.batch_size):
+    for position in range(first, first + count):
         epoch, place = divmod(position, len(task.prompts))
         order.setdefault(epoch, epoch_order(len(task.prompts), config.seed, epoch))
         chosen.append(task.prompts[order[epoch][place]])
@@ -174,7 +268,7 @@ def credit_samples(
         temperature=config.temperature,
         micro_batch=config.micro_batch,
     )
-    experience = make_experience(models, rollout, config, kl_coef, run)
+    experience = make_experience(models, rollout, config, kl_coef, run, observe=False)
     others = {
         kind: score_rollout(models, rollout, replace(config, reward_shaping=kind))[1]
         for kind in config.compare_shapings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
+from .advantages import ESTIMATORS, OF_GROUPS, SCORE_POSITIONS, WITH_CRITIC
 from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
 from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
 from .gold_model import GOLD
@@ -11,8 +12,8 @@ from .kl_penalty import IN_LOSS, IN_REWARD
 from .kl_penalty import KINDS as KL_KINDS
 from .overoptimization import STOP_ON_GOLD
 from .policy_losses import AGGREGATIONS, POLICY_LOSSES, Clips
-from .returns import ESTIMATORS
 from .schedule import KINDS as SCHEDULES
+from .scores import MISSING_EOS, NORMALIZATIONS
 
 CONTROLS = ("fixed", "adaptive", "adaptive-paper")
 MEASURES = ("seq_sum", "token_mean")
@@ -63,11 +64,36 @@ class PpoConfig(DataConfig, CommonConfig):
         False, "spread the score as a potential with the discount gamma, which keeps every discounted return"
     )
     estimator: str = option(
-        "gae", "of advantages; total_return gives each token the whole response's reward", choices=ESTIMATORS
+        "gae",
+        "of advantages; total_return gives each token the response's whole reward; all after it need no value model",
+        choices=ESTIMATORS,
+    )
+    num_generations: int = option(1, "responses to each prompt; batch_size counts them all", low=1)
+    dynamic_sampling: bool = option(False, "sample anew for prompts whose responses all have the same score")
+    score_norm: str = option(
+        "none",
+        "what scores are shifted and divided by, beside the reward model's own: mean and deviation (affine) or the "
+        "mean (bias-only) of reference responses, the reference response (delta), or what the rollouts show",
+        choices=NORMALIZATIONS,
+    )
+    score_clip: float | None = option(None, "bound of a score, on either side", above=0)
+    score_clip_before: bool = option(False, "clip before a running score_norm rather than after it")
+    score_position: str = option(
+        "eos",
+        "where the score lands: on the last token or, as others have it, after EOS, in the last column, two "
+        "places after EOS",
+        choices=SCORE_POSITIONS,
+    )
+    missing_eos: str = option(
+        "subtract", "what a response that was cut off gets: see missing_eos_penalty", choices=MISSING_EOS
     )
     missing_eos_penalty: float = option(
-        1.0, "subtracted from the score of a response that was cut off; not spread", low=0
+        1.0,
+        "subtract: this less; replace: minus this; scale: this share; soft-overlong: up to this less over the last "
+        "overlong_buffer tokens; mask: no part in the losses. Never spread",
+        low=0,
     )
+    overlong_buffer: int = option(8, "the last tokens of the response length, for soft-overlong", low=1)
     kl_in: str = option("reward", "what the KL penalty is part of", choices=("reward", "loss", "none"))
     kl_coef: float = option(0.05, "weight of the KL penalty", low=0)
     kl_estimator: str = option(
@@ -119,7 +145,22 @@ class PpoConfig(DataConfig, CommonConfig):
     vf_coef: float = option(0.1, "weight of the value loss", low=0)
     gamma: float = option(1.0, "discount", low=0, high=1)
     lam: float = option(0.95, "λ of GAE", low=0, high=1)
-    whiten_advantages: bool = option(True, "whiten the advantages over the rollout")
+    lam_value: float | None = option(None, "λ of the returns that the values learn; lam unless given", low=0, high=1)
+    bootstrap_truncated: bool = option(False, "after a response that was cut off counts the value, not nothing")
+    whiten_rewards: bool = option(False, "whiten the rewards, their mean kept")
+    whiten_advantages: bool | None = option(
+        None, "whiten the advantages; unless given where the estimator is gae, total_return or reinforce++(-baseline)"
+    )
+    whiten_variance: str = option("biased", "over n or n − 1", choices=("biased", "unbiased"))
+    whiten_scope: str = option(
+        "rollout", "whiten, and estimate advantages with a value model, over these", choices=("rollout", "minibatch")
+    )
+    whiten_mask: str = option("response", "all: padding counts as zeros", choices=("response", "all"))
+    value_trunk: str = option(
+        "separate", "shared: the value model is a head on the policy's trunk", choices=("separate", "shared")
+    )
+    ptx_coef: float = option(0.0, "weight of −log π of the task's demonstrations, a mean over tokens", low=0)
+    ptx_batch_size: int = option(32, "demonstrations in an optimiser step", low=1)
     value_init: str = option(
         "rm",
         "weights the value model starts from (init's without an --rm of the policy's tokenizer); its head is new",
@@ -151,10 +192,42 @@ class PpoConfig(DataConfig, CommonConfig):
             raise UserError(
                 f"batch_size must be a multiple of num_mini_batches {self.num_mini_batches}, got {self.batch_size}"
             )
+        self._check_groups()
+        self._check_scores()
         allowed = {"reward": IN_REWARD, "loss": IN_LOSS, "none": KL_KINDS}[self.kl_in]
         if self.kl_estimator not in allowed:
             wanted = ", ".join(allowed)
             raise UserError(f"kl_estimator in the {self.kl_in} must be one of {wanted}, got {self.kl_estimator!r}")
+
+    def _check_groups(self) -> None:
+        if self.batch_size % self.num_generations:
+            raise UserError(
+                f"batch_size must be a multiple of num_generations {self.num_generations}, got {self.batch_size}"
+            )
+        if self.num_generations == 1 and (self.estimator in OF_GROUPS or self.dynamic_sampling):
+            what = self.estimator if self.estimator in OF_GROUPS else "dynamic_sampling"
+            raise UserError(f"num_generations must be at least 2 for {what}, got 1")
+        if not self.has_critic and (self.bootstrap_truncated or self.value_trunk == "shared"):
+            what = "bootstrap_truncated" if self.bootstrap_truncated else "value_trunk shared"
+            raise UserError(f"{what} needs a value model: estimator must be gae or total_return, got {self.estimator}")
+
+    def _check_scores(self) -> None:
+        if self.missing_eos == "scale" and self.missing_eos_penalty > 1:
+            raise UserError(
+                f"missing_eos_penalty must be at most 1 with missing_eos scale, got {self.missing_eos_penalty:g}"
+            )
+        if self.score_position != "eos" and (self.reward_shaping != "terminal" or self.bootstrap_truncated):
+            got = "bootstrap_truncated" if self.bootstrap_truncated else f"reward_shaping {self.reward_shaping}"
+            raise UserError(f"score_position {self.score_position} is for terminal rewards alone, got {got}")
+
+    @property
+    def has_critic(self) -> bool:
+        return self.estimator in WITH_CRITIC
+
+    @property
+    def whitens_advantages(self) -> bool:
+        by_default = (*WITH_CRITIC, "reinforce++", "reinforce++-baseline")
+        return self.estimator in by_default if self.whiten_advantages is None else self.whiten_advantages
 
     @property
     def aggregation(self) -> str:

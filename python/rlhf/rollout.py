@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import UserError
-from .data import Batch, collate, decode, encode_prompt
+from .data import Batch, collate, decode, encode_prompt, encode_response
 from .model import check_context
 
 if TYPE_CHECKING:
@@ -100,6 +100,41 @@ def check_room(model: PreTrainedModel, prompts: list[str], encoded: list[list[in
         length, prompt = max(zip(map(len, encoded), prompts))
         what = f"the prompt {prompt[:60]!r} with a response of {response_length} tokens"
         check_context(model, length + response_length, what)
+
+
+def joined_rollouts(rollouts: list[Rollout], kept: list[Tensor], pad_id: int) -> Rollout:
+    """One rollout of the kept rows of several; kept: [B] bool for each of them."""
+    prompts: list[list[int]] = []
+    responses: list[list[int]] = []
+    texts: list[tuple[str, str]] = []
+    for rollout, chosen in zip(rollouts, kept):
+        batch, width = rollout.batch, rollout.batch.prompt_width
+        for row in chosen.nonzero().flatten().tolist():
+            prompts.append(batch.tokens[row, :width][batch.attention_mask[row, :width]].tolist())
+            responses.append(batch.responses[row][batch.mask[row]].tolist())
+            texts.append((rollout.prompts[row], rollout.responses[row]))
+    device = rollouts[0].batch.tokens.device
+    return Rollout(
+        collate(prompts, responses, pad_id).to(device),
+        [prompt for prompt, _ in texts],
+        [response for _, response in texts],
+        torch.cat([rollout.terminated[chosen] for rollout, chosen in zip(rollouts, kept)]),
+        rollouts[0].limit,
+    )
+
+
+def given_rollout(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], responses: list[str], device: torch.device | str
+) -> Rollout:
+    """Responses that somebody else wrote, each with its EOS, as if they had been sampled."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    batch = collate(
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        [encode_response(tokenizer, response) for response in responses],
+        pad_id=pad,
+    )
+    ended = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    return Rollout(batch.to(device), list(prompts), list(responses), ended)
 
 
 @torch.no_grad()
