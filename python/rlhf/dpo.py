@@ -24,7 +24,7 @@ from .gold_model import GOLD, with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
-from .rm import ordered_pairs
+from .rm_data import ordered_pairs
 from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
 from .scorer import Scorer, scorer_of

@@ -29,6 +29,8 @@ TINY = "tiny"
 TINY_VOCABULARY = 4096
 """An upper bound: a small corpus runs out of merges long before."""
 
+NORMALIZATIONS = ("affine", "bias-only", "none")
+
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -443,6 +445,21 @@ def scores(
     return head_scores(model, torch.cat(pooled), normalized=normalized)
 
 
+def token_scores(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    *,
+    normalized: bool = True,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """scores [B, L] fp32 at every position, what `scores` would say of the text up to there; differentiable."""
+    size = micro_batch or max(1, len(tokens))
+    parts = zip(tokens.split(size), attention_mask.split(size))
+    each = [head_scores(model, hidden_states(model, part, mask), normalized=normalized) for part, mask in parts]
+    return torch.cat(each)
+
+
 def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, L, d]: the trunk's last hidden states."""
     return model.base_model(
@@ -456,10 +473,15 @@ def head_scores(model: PreTrainedModel, hidden: Tensor, *, normalized: bool = Tr
     return (raw - model.config.score_mean) / model.config.score_std if normalized else raw
 
 
-def set_score_normalization(model: PreTrainedModel, raw_scores: Tensor) -> None:
-    """Makes these raw scores have mean 0 and standard deviation 1 (population) under `scores`."""
-    std = raw_scores.std(unbiased=False).item()
-    model.config.score_mean = raw_scores.mean().item()
+def set_score_normalization(model: PreTrainedModel, raw_scores: Tensor, kind: str = "affine") -> None:
+    """Makes these raw scores have mean 0 and standard deviation 1 (population) under `scores`.
+
+    kind: "bias-only" leaves the deviation, "none" the mean too.
+    """
+    if kind not in NORMALIZATIONS:
+        raise ValueError(f"set_score_normalization: kind must be one of {', '.join(NORMALIZATIONS)}, got {kind!r}")
+    std = raw_scores.std(unbiased=False).item() if kind == "affine" else 1.0
+    model.config.score_mean = 0.0 if kind == "none" else raw_scores.mean().item()
     model.config.score_std = std if std > 0 else 1.0
 
 
