@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up .venv by itself, once.
+# make demo | test | lint | bench | end-to-end: each sets up .venv by itself, once.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench end-to-end clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.installed
@@ -45,6 +45,10 @@ $(VENV)/.peers: $(VENV)/.installed pyproject.toml
 # Less than ten minutes; benchmarks/results/ then has the numbers, `python -m benchmarks --readme` shows them.
 bench: $(VENV)/.peers
 	$(BIN)/python -m benchmarks --json --plot --seconds 530
+
+# Our PPO beside TRL's, about five minutes; writes benchmarks/results/end-to-end.json, its plot and README.md.
+end-to-end: setup
+	$(BIN)/python -m benchmarks.end_to_end
 
 clean:
 	rm -rf build *.egg-info rlhf_kernels/*.so

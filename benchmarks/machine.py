@@ -29,7 +29,7 @@ def environment(device: str) -> dict[str, str | int | float]:
         **(_gpu() if device == "cuda" else {}),
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # before anything ran: should be near 0
         "system": platform.platform(),
@@ -40,6 +40,10 @@ def environment(device: str) -> dict[str, str | int | float]:
         "commit": _first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu() -> dict[str, str | int | float]:

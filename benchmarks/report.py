@@ -31,10 +31,10 @@ def write(path: Path, results: dict[str, Any]) -> None:
         entries = [value] if not isinstance(value, list) else value
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
         parts.append(f'"{name}": ' + (f"[\n{lines}\n]" if isinstance(value, list) else lines))
-    _replace(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    replace(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """All of it or nothing: an old file stays whole until the new one is there."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text)
@@ -167,16 +167,16 @@ def _digits(number: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- the README
 
 
-def split_readme() -> tuple[str, str, str]:
-    """The README before its markers, between them and after them."""
+def split_readme(begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
+    """The README before a pair of markers, between them and after them."""
     if not README.exists():
-        raise FileNotFoundError(f"{README} must exist, with a line {BEGIN} and a line {END}")
+        raise FileNotFoundError(f"{README} must exist, with a line {begin} and a line {end}")
     text = README.read_text()
-    for marker in (BEGIN, END):
+    for marker in (begin, end):
         if text.count(marker) != 1:
             raise ValueError(f"{README} must have one line {marker}, got {text.count(marker)}")
-    before, rest = text.split(BEGIN)
-    part, after = rest.split(END)
+    before, rest = text.split(begin)
+    part, after = rest.split(end)
     return before, part, after
 
 
@@ -238,9 +238,9 @@ def update() -> None:
     """README.md, and of every file of results its document and plots."""
     before, _, after = split_readme()
     for name, results in measured().items():
-        _replace(FOLDER / f"{name}.md", document(name, results))
+        replace(FOLDER / f"{name}.md", document(name, results))
         plots.write(FOLDER, name, results)
-    _replace(README, f"{before}{BEGIN}{rendered()}{END}{after}")
+    replace(README, f"{before}{BEGIN}{rendered()}{END}{after}")
 
 
 def out_of_step() -> list[str]:
