@@ -44,7 +44,7 @@ $(VENV)/.peers: $(VENV)/.installed pyproject.toml
 
 # Less than ten minutes; benchmarks/results/ then has the numbers, `python -m benchmarks --readme` shows them.
 bench: $(VENV)/.peers
-	$(BIN)/python -m benchmarks --json --plot --seconds 530
+	$(BIN)/python -m benchmarks --json --plot --seconds 510
 
 # Our PPO beside TRL's, about five minutes; writes benchmarks/results/end-to-end.json, its plot and README.md.
 end-to-end: setup

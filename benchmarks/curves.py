@@ -36,15 +36,15 @@ TORCH = ("torch eager", "torch.compile")
 GAE = ("loop as in verl", "torchrl vectorised")
 LOGPROBS = (*TORCH, "F.cross_entropy", "TRL selective_log_softmax")
 MAP = (*TORCH, "full T×T map")
-ROLLOUT, LINEAR = {"B": 256, "T": 2048}, {"N": 512, "H": 512, "V": 50257}
+ROLLOUT, LINEAR = {"B": 256, "T": 2048}, {"N": 512, "H": 512, "V": 32000}
 HEADS = {"B": 2, "Hq": 16, "Hkv": 4, "D": 64, "T": 2048}
 
 # The first curve of an op is shown in the README.
 CURVES = (
-    Curve("token_logprobs", "V", (1000, 8000, 32000, 128256, 256000), Case({"N": 128, "V": 0}), LOGPROBS),
+    Curve("token_logprobs", "V", (1000, 8000, 50257, 256000), Case({"N": 128, "V": 0}), LOGPROBS),
     Curve("rollout_advantages", "T", (64, 256, 1024, 4096), Case(ROLLOUT), GAE),
     Curve("attention_row", "T", (128, 512, 2048), Case(HEADS), MAP),
-    Curve("linear_ppo_loss", "V", (2000, 16000, 128256), Case(LINEAR, torch.bfloat16), TORCH),
+    Curve("linear_ppo_loss", "V", (1000, 8000, 64000), Case(LINEAR, torch.bfloat16), TORCH),
     Curve("fused_ppo_loss", "V", (1000, 8000, 50257), Case({"B": 8, "T": 64, "V": 0}), TORCH),
     Curve("token_logprobs", "N", (16, 128, 1024), Case({"N": 0, "V": 50257}), LOGPROBS),
     Curve("token_logprobs", THREADS, (), Case({"N": 512, "V": 50257}), LOGPROBS),
