@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf import token_feedback
+from rlhf import ppo, token_feedback
 from rlhf.config import UserError
-from rlhf.data import collate
+from rlhf.data import collate, epoch_order
 from rlhf.feedback_data import Span, batch_of, label_tokens, mark, read_feedback
-from rlhf.feedback_loss import LossConfig, feedback_backward
+from rlhf.feedback_loss import FeedbackTerm, LossConfig, feedback_backward
 from rlhf.model import load_policy, response_logits, response_logprobs
+from rlhf.ppo_config import PpoConfig
 from rlhf.run import Run, read_lines
 
 GOOD, BAD = " is brilliant", " and weak"
@@ -299,3 +300,74 @@ def test_a_batch_of_feedback(start):
     same = collate([row.prompt for row in rows], [row.response for row in rows], tokenizer.pad_token_id)
     assert torch.equal(batch.tokens, same.tokens) and labels[1].tolist()[:1] == [-1.0]
     assert not labels[~batch.mask].any()
+
+
+# In PPO
+
+
+def test_a_term_visits_every_row_in_an_epoch(learner, feedback, start):
+    policy, ref, _, _ = learner
+    _, tokenizer = load_policy(start.policy)
+    rows = read_feedback(feedback, tokenizer)
+    settings = LossConfig("bandit", beta=0.25)
+    term = FeedbackTerm(rows, tokenizer, ref, settings, weight=0.5, batch_size=4, seed=3)
+    order = epoch_order(8, 3, 0)
+    for number in (0, 1):
+        batch, labels = batch_of([rows[i] for i in order[4 * number : 4 * number + 4]], tokenizer)
+        policy.zero_grad()
+        expected = feedback_backward(policy, ref, batch, labels, settings, weight=0.5)["loss"]
+        wanted = gradients(policy)
+        policy.zero_grad()
+        assert term.backward(policy, number).item() == pytest.approx(expected)
+        torch.testing.assert_close(gradients(policy), wanted)
+
+
+def test_ppo_learns_from_marks_beside_its_rewards(tmp_path, start, feedback):
+    """The gap between good and bad tokens opens with the term and not without it."""
+    common = {"init": start.policy, "rm": start.reward_model, "steps": 2, "batch_size": 8, "response_length": 6}
+    common |= {"eval_samples": 4, "num_samples": 0, "learning_rate": 1e-3}
+    _, tokenizer = load_policy(start.policy)
+    rows = read_feedback(feedback, tokenizer)
+    batch, labels = batch_of(rows, tokenizer)
+
+    def gap(folder):
+        policy, _ = load_policy(str(folder))
+        with torch.no_grad():
+            logprobs = response_logprobs(policy, batch)
+        return (logprobs[labels > 0].mean() - logprobs[labels < 0].mean()).item()
+
+    marks = {"token_feedback": feedback, "token_feedback_weight": 1.0, "token_feedback_batch_size": 8}
+    plain = ppo.main(PpoConfig(out=str(tmp_path / "a"), **common))
+    mixed = ppo.main(PpoConfig(out=str(tmp_path / "b"), **common, **marks))
+    assert gap(mixed) > gap(plain) + 0.2
+    assert read_lines(mixed / "metrics.jsonl")[-1]["loss/token_feedback_avg"] > 0
+
+
+JUDGE = """
+def spans(completions, **_):
+    return [[(0, min(2, len(text.encode())), 1.5)] if i != 1 else None for i, text in enumerate(completions)]
+
+def numbers(completions, **_):
+    return [1.0 for _ in completions]
+"""
+
+
+def test_a_judge_of_tokens_adds_to_the_rewards(tmp_path, start):
+    """Spans of what was just sampled are rewards like any others: η · value on the tokens that they cover."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    reference = f"{tmp_path / 'judge.py'}:spans"
+    common = {"init": start.policy, "rm": start.reward_model, "steps": 1, "batch_size": 4, "response_length": 6}
+    common |= {"eval_samples": 4, "num_samples": 4, "kl_coef": 0.0, "missing_eos_penalty": 0.0}
+    plain = ppo.main(PpoConfig(out=str(tmp_path / "a"), learning_rate=1e-12, **common))
+    judged = {"token_reward_fn": reference, "token_reward_weight": 2.0, "learning_rate": 1e-12}
+    found = ppo.main(PpoConfig(out=str(tmp_path / "b"), **judged, **common))
+    samples = [read_lines(folder / "samples.jsonl") for folder in (plain, found)]
+    for row, (before, after) in enumerate(zip(*samples)):
+        assert before["tokens"] == after["tokens"]
+        added = [b - a for a, b in zip(before["credit"], after["credit"])]
+        empty = not "".join(after["tokens"][:-1])
+        assert sum(added) == pytest.approx(0.0 if row == 1 else 3.0, abs=1e-4)
+        assert empty or row == 1 or added[0] > 0.5
+        assert sum(after["credit"]) == pytest.approx(after["score"], abs=1e-4)
+    with pytest.raises(UserError, match=r"token_reward_fn .* must say what tokens or spans are worth, got one number"):
+        ppo.main(PpoConfig(out=str(tmp_path / "c"), **common, token_reward_fn=reference.replace("spans", "numbers")))

@@ -20,7 +20,7 @@ from .model import exact_kl, response_logprobs, values
 from .ppo_config import PpoConfig
 from .rollout import Rollout, generate, given_rollout
 from .run import Run
-from .scorer import RewardModelScorer, Scorer
+from .scorer import FunctionScorer, RewardModelScorer, Scorer
 from .scores import ScoreNormalizer, missing_eos
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Models:
 
     value: None where the estimator needs none. scorer: what scores, the reward model or a function; reward_model is
     then None. normalizer: what the scores go through. references: prompt → reference response, for score_norm delta.
+    token_scorer: what says beside the scorer what single tokens are worth.
     """
 
     policy: PreTrainedModel
@@ -47,6 +48,7 @@ class Models:
     scorer: Scorer
     normalizer: ScoreNormalizer = field(default_factory=ScoreNormalizer)
     references: dict[str, str] = field(default_factory=dict)
+    token_scorer: FunctionScorer | None = None
 
 
 @dataclass
@@ -102,6 +104,9 @@ def make_experience(
     batch, size = rollout.batch, config.micro_batch
     with run.timer("score"):
         score, credit = score_rollout(models, rollout, config, observe=observe)
+        if models.token_scorer is not None:
+            extra = config.token_reward_weight * token_rewards_of(models.token_scorer, rollout)
+            score, credit = score + extra.sum(1), credit + extra
         baseline = greedy_scores(models, rollout, config) if config.estimator == "remax" else None
     if score.isnan().any():  # a response that cannot be scored counts nowhere
         rollout = replace(rollout, batch=replace(batch, mask=batch.mask & ~score.isnan()[:, None]))
@@ -197,6 +202,14 @@ def score_rollout(
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     rest = (final - gain * scored.scores)[:, None]
     return final, torch.where(last, gain * earned + rest, gain * earned)
+
+
+def token_rewards_of(judge: FunctionScorer, rollout: Rollout) -> Tensor:
+    """[B, T]: what a judge of tokens or spans gives the tokens, 0 where it says nothing of a response (None)."""
+    judged = judge(rollout)
+    if judged.credit is None:
+        raise UserError(f"token_reward_fn {judge.name} must say what tokens or spans are worth, got one number each")
+    return torch.where(rollout.batch.mask & ~judged.scores.isnan()[:, None], judged.credit, 0)
 
 
 def adjusted_scores(

@@ -11,12 +11,14 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .data import Batch, epoch_order
-from .feedback_data import Marked, batch_of
+from .feedback_data import Marked, batch_of, read_feedback
 from .guard import check_finite
 from .model import response_logits, response_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .ppo_config import PpoConfig
 
 LOSSES = ("bandit", "unlikelihood", "ppo")
 
@@ -92,6 +94,27 @@ class FeedbackTerm:
             policy, self.ref, batch.to(device), labels.to(device), self.config, weight=self.weight
         )
         return torch.tensor(found["loss"], device=device)
+
+
+def feedback_term(config: PpoConfig, tokenizer: PreTrainedTokenizerBase, ref: PreTrainedModel) -> FeedbackTerm | None:
+    """The term that a PPO run's flags ask for, None where they do not."""
+    if config.token_feedback is None:
+        return None
+    settings = LossConfig(
+        config.token_feedback_loss,
+        config.token_feedback_beta,
+        temperature=config.temperature,
+        micro_batch=config.micro_batch,
+    )
+    return FeedbackTerm(
+        read_feedback(config.token_feedback, tokenizer),
+        tokenizer,
+        ref,
+        settings,
+        weight=config.token_feedback_weight,
+        batch_size=config.token_feedback_batch_size,
+        seed=config.seed,
+    )
 
 
 def feedback_loss(

@@ -26,6 +26,7 @@ from .experience import (
     rollout_record,
     score_rollout,
 )
+from .feedback_loss import feedback_term
 from .gold_model import with_gold
 from .guard import Guard, Values
 from .kl_control import adapt_kl_coef, check_kl, measured_kl
@@ -38,7 +39,7 @@ from .reading import same_tokens
 from .rollout import Rollout, check_prompts, generate, given_rollout, joined_rollouts
 from .run import Checkpoint, Run, seed_everything
 from .schedule import schedule
-from .scorer import scorer_of
+from .scorer import FunctionScorer, load_function, scorer_of
 from .scores import ScoreNormalizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main(config: PpoConfig) -> Path:
     checkpoint = run.load_checkpoint()
     models, optimizer = prepare(config, checkpoint, task)
     check_prompts(models.policy, models.tokenizer, task.prompts, response_length)
+    feedback = feedback_term(config, models.tokenizer, models.ref)
     evaluator = Evaluator.of(config, task, Judges(models.ref, models.scorer, task.gold))
 
     kl = Values(coef=config.kl_coef)
@@ -82,6 +84,7 @@ def main(config: PpoConfig) -> Path:
             "tokenizer": models.tokenizer,
             "reference": models.ref,
             "scorer": models.scorer,
+            **({"token feedback": feedback.rows} if feedback else {}),
         },
         checkpoint=checkpoint,
     ) as guard:
@@ -106,7 +109,14 @@ def main(config: PpoConfig) -> Path:
                 check_kl(metrics["objective/kl"], config)
                 with run.timer("train"):
                     stats = update(
-                        models, optimizer, experience, config, kl["coef"], demonstrations=demonstrations, step=step
+                        models,
+                        optimizer,
+                        experience,
+                        config,
+                        kl["coef"],
+                        demonstrations=demonstrations,
+                        feedback=feedback,
+                        step=step,
                     )
                 metrics |= update_metrics(stats)
                 measured = measured_kl(experience.kl, experience.batch.mask, config.kl_measure)
@@ -148,6 +158,9 @@ def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tup
         eps=config.adam_eps,
         weight_decay=0.0,
     )
+    if config.token_reward_fn is not None:
+        function = load_function("--token-reward-fn", config.token_reward_fn)
+        models.token_scorer = FunctionScorer(function, config.token_reward_fn, tokenizer, task.rows)
     return models, optimizer
 
 

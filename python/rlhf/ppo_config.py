@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from .advantages import ESTIMATORS, OF_GROUPS, SCORE_POSITIONS, WITH_CRITIC
 from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
 from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
+from .feedback_loss import LOSSES
 from .gold_model import GOLD
 from .kl_penalty import IN_LOSS, IN_REWARD
 from .kl_penalty import KINDS as KL_KINDS
@@ -87,6 +88,19 @@ class PpoConfig(DataConfig, CommonConfig):
     missing_eos: str = option(
         "subtract", "what a response that was cut off gets: see missing_eos_penalty", choices=MISSING_EOS
     )
+    token_feedback: str | None = option(
+        None, "file or folder of marked responses, as rlhf token-feedback reads them: one more loss in each step"
+    )
+    token_feedback_weight: float = option(0.1, "weight of that loss", low=0)
+    token_feedback_loss: str = option("bandit", "how marked tokens are learnt", choices=LOSSES)
+    token_feedback_beta: float = option(
+        0.5, "strength of its anchor to the reference, in units of a span's weight", above=0
+    )
+    token_feedback_batch_size: int = option(32, "marked responses in an optimiser step", low=1)
+    token_reward_fn: str | None = option(
+        None, "path.py:function like --reward-fn that says what tokens or spans are worth, beside what scores"
+    )
+    token_reward_weight: float = option(1.0, "its values are added to the rewards times this")
     missing_eos_penalty: float = option(
         1.0,
         "subtract: this less; replace: minus this; scale: this share; soft-overlong: up to this less over the last "

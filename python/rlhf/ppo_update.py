@@ -10,6 +10,7 @@ import rlhf_kernels as rk
 from .config import UserError
 from .data import Batch
 from .experience import Experience, Models
+from .feedback_loss import FeedbackTerm
 from .guard import check_finite
 from .kl_penalty import kl_penalty
 from .lora import trainable
@@ -32,11 +33,13 @@ def update(
     kl_coef: float,
     *,
     demonstrations: Demonstrations | None = None,
+    feedback: FeedbackTerm | None = None,
     step: int = 1,
 ) -> dict[str, float]:
     """The passes over one rollout; returns the statistics averaged over all minibatches, and the number of `passes`.
 
-    demonstrations: what config.ptx_coef weighs; which of them is a function of `step`, the rollout's number from 1.
+    demonstrations: what config.ptx_coef weighs. feedback: marked responses, one more loss. Which of either are taken is
+    a function of `step`, the rollout's number from 1.
 
     Raises UserError if the first minibatch, whose policy is still the one that sampled, has a ratio other than one, and
     NonFinite before a minibatch whose loss or gradient is not finite would change the weights.
@@ -53,6 +56,8 @@ def update(
                 stats["ptx_loss"] = demonstrations.backward(
                     models.policy, first + len(history), config.ptx_coef, micro_batch=config.micro_batch
                 )
+            if feedback is not None:
+                stats["token_feedback_loss"] = feedback.backward(models.policy, first + len(history))
             norms = {
                 f"gradient_of_{name}": torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 for name, parameters in trained_parameters(models).items()
@@ -231,6 +236,7 @@ METRICS = {
     "value_loss": "loss/value_avg",
     "kl_loss": "loss/kl_avg",
     "ptx_loss": "loss/ptx_avg",
+    "token_feedback_loss": "loss/token_feedback_avg",
     "approx_kl": "policy/approxkl_avg",
     "k1": "policy/k1_avg",
     "k3": "policy/k3_avg",
