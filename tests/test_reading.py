@@ -6,6 +6,8 @@ seen often; WordPiece; and Unigram.
 
 import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +188,10 @@ def test_a_response_inside_a_chat_template(tokenizers):
         Retokenizer(tokenizer, tokenizers["bpe"], chat_template=True)
     tokenizer.chat_template = TEMPLATE
     reader = Retokenizer(tokenizer, tokenizers["bpe"], chat_template=True)
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "good ?"}]
+    text, first = replace(reader, messages={"<markup> good ?": asked}).render("<markup> good ?", "yes")
+    assert text == "<system>be brief</system>\n<user>good ?</user>\n<assistant>yes</assistant>\n"
+    assert text.encode()[first:].startswith(b"yes<")
     text, first = reader.render("is it good ?", " is good")
     assert text == "<user>is it good ?</user>\n<assistant>is good</assistant>\n"
     assert text.encode()[first + 1 :].startswith(b"is good<")  # its first byte, a space, the template has taken
@@ -227,8 +233,10 @@ def test_which_reading_a_stage_takes(start, foreign, tokenizers):
     model, own = model_of(tokenizers["wordpiece"]), tokenizers["bpe"]
     assert scorer_of(config, (model, own), own, None) == RewardModelScorer(model)
     assert not same_tokens(tokenizers["wordpiece"], own)
-    scorer = scorer_of(config, (model, tokenizers["wordpiece"]), own, None)
-    assert scorer.read == Retokenizer(tokenizers["wordpiece"], own)
+    asked = [{"role": "user", "content": "Is it good?"}]
+    task = SimpleNamespace(rows={"<u>Is it good?": {"prompt": asked}, "the music": {"tag": 1}})
+    scorer = scorer_of(config, (model, tokenizers["wordpiece"]), own, task)
+    assert scorer.read == Retokenizer(tokenizers["wordpiece"], own, False, {"<u>Is it good?": asked})
     rollout = rollout_of(own)
     ids = [
         tokenizers["wordpiece"](prompt + text)["input_ids"][: None if ended else -1] for prompt, text, ended in PAIRS

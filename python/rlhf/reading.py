@@ -6,8 +6,8 @@ the reward model's tokens goes to the policy's through the UTF-8 bytes that they
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
+from .chat import Messages
 from .config import UserError
 from .data import collate
 from .offsets import byte_spans, text_spans
@@ -109,6 +110,7 @@ class Retokenizer:
     The text is tokenised as a whole, and its response found by byte offset: a token may stand on the border. It is
     prompt + response, and EOS where the policy ended it; with `chat_template` it is what the reward model's template
     makes of the two as a user's and an assistant's message (cut after the response where the policy did not end it).
+    messages: for the template, the conversation that stands behind a prompt, where it was given as one.
 
     `rlhf rm` tokenises prompt and response apart: its models have seen the same tokens unless one crosses the border.
     """
@@ -116,6 +118,7 @@ class Retokenizer:
     tokenizer: PreTrainedTokenizerBase
     policy_tokenizer: PreTrainedTokenizerBase
     chat_template: bool = False
+    messages: Mapping[str, Messages] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -158,7 +161,8 @@ class Retokenizer:
         """The text that the reward model reads, and the byte in it at which the response starts."""
         if not self.chat_template:
             return prompt + response, len(prompt.encode())
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        asked = self.messages.get(prompt, [{"role": "user", "content": prompt}])
+        messages = [*asked, {"role": "assistant", "content": response}]
         text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         for shown in (response, response.strip()):  # many templates strip what they are given
             place = text.rfind(shown)

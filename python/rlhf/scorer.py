@@ -222,7 +222,8 @@ def scorer_of(
     model, its_tokenizer = reward_model
     read: Reader = read_same
     if config.rm_chat_template or not same_tokens(its_tokenizer, tokenizer):
-        read = Retokenizer(its_tokenizer, tokenizer, config.rm_chat_template)
+        asked = {prompt: row["prompt"] for prompt, row in task.rows.items() if isinstance(row.get("prompt"), list)}
+        read = Retokenizer(its_tokenizer, tokenizer, config.rm_chat_template, asked)
     return RewardModelScorer(model, config.micro_batch, read)
 
 
