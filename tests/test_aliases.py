@@ -75,6 +75,12 @@ def test_rows_are_unique():
         ("algorithm.use_kl_in_reward=False actor_rollout_ref.actor.use_kl_loss=True", {"kl_in": "loss"}),
         ("actor_rollout_ref.actor.kl_loss_type=low_var_kl+", {"kl_estimator": "k3+", "kl_in": "loss"}),
         ("--target_kl 0.5 --loss_type dr_grpo", {"early_stop_kl": 0.75, "loss_aggregation": "constant-length"}),
+        ("--n_samples_per_prompt 4 --advantage_estimator group_norm", {"num_generations": 4, "estimator": "grpo"}),
+        ("algorithm.adv_estimator=reinforce_plus_plus", {"estimator": "reinforce++"}),
+        ("--penalty_reward_value -2", {"missing_eos": "replace", "missing_eos_penalty": 2.0}),
+        ("--method.cliprange_reward 10 --method.scale_reward ref", {"score_clip": 10.0, "score_norm": "ref-std"}),
+        ("--use_score_scaling --use_score_norm", {"score_norm": "running-z"}),
+        ("--use_score_scaling", {"score_norm": "running-std"}),
         ("algorithm.kl_penalty=low_var_kl", {"kl_estimator": "k3"}),
         ("--method.lam 1 --method.num_rollouts 64", {"lam": 1.0, "batch_size": 64}),
         ("--delta 4 --bf16 --use_cpu true", {"dual_clip": 4.0, "dtype": "bfloat16", "device": "cpu"}),
@@ -148,20 +154,15 @@ def test_nested_yaml(tmp_path, capsys):
 # --- presets ---
 
 
-@pytest.fixture
-def toy_presets(monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "ppo", {"wide": {"cliprange": 0.5, "lam": 1.0, "gamma": 0.9}})
-
-
-def test_preset_fills_what_is_not_given(toy_presets, tmp_path):
-    (tmp_path / "c.yaml").write_text("lam: 0.8\npreset: wide\n")
-    config = parse(f"--init i --rm r --out o --config {tmp_path / 'c.yaml'} --gamma 0.7")
-    assert (config.cliprange, config.lam, config.gamma) == (0.5, 0.8, 0.7)
-    assert parse("--init i --rm r --out o --preset wide --epsilon 0.1").cliprange == 0.1
-    with pytest.raises(UserError, match="preset must be one of wide, got 'narrow'"):
+def test_preset_fills_what_is_not_given(tmp_path):
+    (tmp_path / "c.yaml").write_text("kl_coef: 0.8\npreset: verl\n")
+    config = parse(f"--init i --rm r --out o --config {tmp_path / 'c.yaml'} --lam 0.7")
+    assert (config.dual_clip, config.kl_coef, config.lam, config.vf_coef) == (3.0, 0.8, 0.7, 1.0)
+    assert parse("--init i --rm r --out o --preset verl --epsilon 0.1").cliprange == 0.1
+    with pytest.raises(UserError, match=r"preset must be one of lm_hp, n_plus, .*, got 'narrow'"):
         parse("--init i --rm r --out o --preset narrow")
     with pytest.raises(UserError, match="unknown flag --preset"):
-        parse("--out o --preset wide", "sft")
+        parse("--out o --preset verl", "sft")
 
 
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage, each in presets.PRESETS.items() for name in each])

@@ -41,7 +41,9 @@ class PpoConfig(DataConfig, CommonConfig):
     lr_scheduler: str = option("linear", "how the learning rates fall after the warm-up", choices=SCHEDULES)
     warmup: float = option(0.0, "share of the steps in which the learning rates climb", low=0, high=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
-    max_grad_norm: float = option(1.0, "gradient norm at which each model's gradient is clipped", above=0)
+    max_grad_norm: float | None = option(
+        1.0, "gradient norm at which each model's gradient is clipped; none for no bound", above=0
+    )
     reward_shaping: str = option("terminal", "how the score is spread over the tokens", choices=KINDS)
     beta: float = option(0.8, "share of the score that is spread; the rest stays on the last token", low=0, high=1)
     attention_layers: tuple[int, ...] = option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def update(
             if feedback is not None:
                 stats["token_feedback_loss"] = feedback.backward(models.policy, first + len(history))
             norms = {
-                f"gradient_of_{name}": torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                f"gradient_of_{name}": torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
                 for name, parameters in trained_parameters(models).items()
             }
             check_finite(**{name: stats[name] for name in stats if name.endswith("_loss")}, **norms)
