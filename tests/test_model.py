@@ -318,6 +318,16 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path, tiny, monke
     assert (tmp_path / "ran").exists()
 
 
+def test_loaded_weights_are_aligned(tmp_path, tiny):
+    """The last bits of a product depend on it, and files lay the weights at any multiple of 8."""
+    _, model, tokenizer = tiny
+    tokenizer.save_pretrained(tmp_path)
+    for length in (1, 9, 17):
+        model.config.name = "x" * length
+        model.save_pretrained(tmp_path)
+        assert {weight.data_ptr() % 64 for weight in load_policy(str(tmp_path))[0].parameters()} == {0}
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny):
     _, model, tokenizer = tiny
     model.save_pretrained(tmp_path)

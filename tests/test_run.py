@@ -82,6 +82,12 @@ def test_folder_that_is_no_run_is_never_touched(tmp_path, option):
     assert content(tmp_path) == {"thesis.tex": "years of work"}
 
 
+def test_kill_while_the_first_file_was_written(tmp_path):
+    (tmp_path / ".run.json.tmp").write_text('{"sta')
+    create(tmp_path)
+    assert list(content(tmp_path)) == ["run.json"]
+
+
 def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "out").write_text("text")
     with pytest.raises(FileExistsError, match="is a file"):

@@ -290,6 +290,10 @@ def _ready(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMode
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    # Weights that are mapped from a file lie at any address, and the last bits of a matrix product depend on it: a
+    # resumed run would differ from one that was not interrupted. Memory of torch's own is aligned.
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
     if torch.device(device).type == "cpu":
         from .cpu import speed_up
 

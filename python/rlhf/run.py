@@ -83,7 +83,9 @@ class Run:
         folder, info = self.folder, self.folder / "run.json"
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; the run folder must be a new or an empty folder")
-        if folder.exists() and any(folder.iterdir()):
+        # The first thing that is ever written here may have been cut off by a kill.
+        started = {path.name for path in folder.iterdir()} - {f".{info.name}.tmp"} if folder.exists() else set()
+        if started:
             if not (resume or overwrite):
                 raise FileExistsError(
                     f"{folder} is not empty; --resume continues the run there, --overwrite deletes it"
