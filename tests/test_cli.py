@@ -1,5 +1,7 @@
 """The command line: flags from a config dataclass, mistakes named, exit codes."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import pytest
 import rlhf
 from rlhf import cli
 from rlhf.cli import STAGES, Stage, main
-from rlhf.config import CommonConfig, UserError, option
+from rlhf.config import CommonConfig, UserError, option, range_text
+from rlhf.flags import _kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +246,7 @@ def test_stage_help_shows_every_flag_with_its_default(toy, capsys):
     assert main(["ppo", "--out", "o", "--help"]) == 0
     out = capsys.readouterr().out
     flags = re.findall(r"^  (--[\w-]+)", out, flags=re.M)
-    assert flags[:3] == ["--config", "--out", "--kl-coef"] and flags[-1] == "--report-to"
+    assert flags[:4] == ["--config", "--preset", "--out", "--kl-coef"] and flags[-1] == "--report-to"
     text = " ".join(out.split())
     for flag in (
         "--out STR",
@@ -257,6 +261,25 @@ def test_stage_help_shows_every_flag_with_its_default(toy, capsys):
     assert "run folder to write (required)" in text
     assert "whiten the advantages (default: on)" in text and "data files (default: none)" in text
     assert toy == []
+
+
+SIGNED = {"attention_layers", "attention_heads", "token_reward_weight"}
+"""Numbers that may be anything: indices from either end, weights of either sign."""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_number_has_a_range(name):
+    """Without one a flag would take NaN, and its mistakes would show somewhere inside the run."""
+    stage = STAGES[name]
+    config = getattr(importlib.import_module(stage.module), stage.config)
+    kinds = typing.get_type_hints(config)
+    numbers = [
+        field.name
+        for field in dataclasses.fields(config)
+        if _kind(kinds[field.name])[0] in (int, float) and not field.metadata.get("choices")
+    ]
+    without = [name for name in numbers if not range_text(config.__dataclass_fields__[name])]
+    assert set(without) <= SIGNED, f"options without low, above, high or below: {without}"
 
 
 @pytest.mark.parametrize("name", STAGES)

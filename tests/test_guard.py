@@ -12,11 +12,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from rlhf.checkpoint import read_state
+from rlhf.checkpoint import read_state, write_state
 from rlhf.config import CommonConfig, UserError
 from rlhf.data import collate
 from rlhf.files import read_lines
-from rlhf.guard import MAX_WRITTEN, Guard, Interrupted, NonFinite, Values, check_finite
+from rlhf.guard import MAX_WRITTEN, Guard, Interrupted, NonFinite, Values, _as_state, check_finite
 from rlhf.run import Run, seed_everything
 
 TOTAL = 8
@@ -255,3 +255,9 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(metrics(tmp_path)) == TOTAL
+
+
+def test_tensors_that_share_their_memory_are_written_aside(tmp_path):
+    x = torch.arange(3.0)
+    write_state(tmp_path, _as_state([x, x, x[:2]], None))
+    assert [part.tolist() for part in read_state(tmp_path)] == [[0, 1, 2], [0, 1, 2], [0, 1]]

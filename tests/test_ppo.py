@@ -273,6 +273,7 @@ def test_variants_run(tmp_path, start, name):
     critic = VARIANTS[name].get("estimator") is None
     assert (folder / "value").exists() == critic == ("loss/value_avg" in line)
     assert ("loss/ptx_avg" in line) == (name == "ptx")
+    assert line.get("frac_reward_zero_std") == (0 if "num_generations" in VARIANTS[name] else None)
     assert line["tokens/mean_length"] > 0 and line["val/ratio"] == pytest.approx(1, abs=0.5)
 
 

@@ -271,7 +271,7 @@ def test_what_cannot_be_scored_counts_nowhere(tmp_path, start, models):
         assert not found[[1, 3]].any()
         torch.testing.assert_close(found[kept], getattr(fewer, name), rtol=1e-4, atol=1e-6)
     assert some.batch.mask.sum() == fewer.batch.mask.sum()
-    metrics, wanted = rollout_metrics(some, 0.0), rollout_metrics(fewer, 0.0)
+    metrics, wanted = rollout_metrics(some, 0.0, config), rollout_metrics(fewer, 0.0, config)
     for name in wanted:
         if name != "val/num_eos_tokens":
             assert metrics[name] == pytest.approx(wanted[name], abs=1e-5), name

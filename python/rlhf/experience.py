@@ -264,12 +264,16 @@ def bootstrap(old_values: Tensor, rollout: Rollout, gamma: float) -> Tensor:
     return torch.where(rollout.terminated, 0, gamma * old_values.gather(1, lengths)[:, 0])
 
 
-def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
+def rollout_metrics(experience: Experience, kl_coef: float, config: PpoConfig) -> dict[str, float]:
     """What is known of a rollout before its updates; sums run over the tokens of a response, means over responses."""
     mask, scored = experience.batch.mask, ~experience.scores.isnan()
     score, total = experience.scores[scored], experience.parts.tokens.sum(1)
+    groups = {}
+    if config.num_generations > 1:
+        of_prompt = experience.scores.view(-1, config.num_generations)
+        groups["frac_reward_zero_std"] = (of_prompt.amax(1) == of_prompt.amin(1)).float().mean().item()
     kl, entropy = experience.kl[scored].sum(1).mean(), experience.entropy[scored].sum(1).mean()
-    return {
+    return groups | {
         "objective/kl": kl.item(),
         "objective/kl_coef": kl_coef,
         "objective/entropy": entropy.item(),

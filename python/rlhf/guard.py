@@ -245,7 +245,9 @@ class Guard:
 
 
 def _as_state(value: Any, tokenizer: Any) -> Any:
-    """Dataclasses as dicts of their fields, a batch with its texts."""
+    """Dataclasses as dicts of their fields, a batch with its texts; no two tensors share their memory."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
     if isinstance(value, list | tuple):
         return [_as_state(item, tokenizer) for item in value]
     if not is_dataclass(value):

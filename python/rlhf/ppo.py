@@ -103,7 +103,7 @@ def main(config: PpoConfig) -> Path:
                 with run.timer("generate"):
                     seen["rollout"] = rollout = step_rollout(models, task, config, response_length, step)
                 seen["experience"] = experience = make_experience(models, rollout, config, kl["coef"], run)
-                metrics |= rollout_metrics(experience, kl["coef"])
+                metrics |= rollout_metrics(experience, kl["coef"], config)
                 if evaluated or step == 1:
                     run.rollout(rollout_record(experience, step))
                 check_kl(metrics["objective/kl"], config)

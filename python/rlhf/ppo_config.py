@@ -30,7 +30,7 @@ class PpoConfig(DataConfig, CommonConfig):
     data: str = option("reviews", DATA + "the prompts and the gold judge")
     gold: str | None = option(None, GOLD)
     steps: int = option(25, "rollouts, each followed by its updates", low=1)
-    batch_size: int = option(128, "responses sampled a step, one a prompt", low=1)
+    batch_size: int = option(128, "responses sampled a step, num_generations to a prompt", low=1)
     num_ppo_epochs: int = option(4, "passes over each rollout", low=1)
     num_mini_batches: int = option(2, "optimiser steps in a pass", low=1)
     micro_batch: int | None = option(None, "rows through a model at a time; all of a minibatch unless given", low=1)
