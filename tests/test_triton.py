@@ -134,3 +134,35 @@ def test_more_text_than_a_tile():
     policy = torch.stack([torch.arange(150), torch.arange(150) + 1], -1)[None].repeat(2, 1, 1) * 2
     (aligned,) = agree(rk.align_credit, {"credit": credit, "rm_spans": spans, "policy_spans": policy})
     close(aligned.sum(1), credit.sum(1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("memory_budget", (None, 1), ids=("one chunk", "many chunks"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+def test_products_that_a_gpu_has(monkeypatch, dtype, memory_budget):
+    """Operands of one dtype, and a result in theirs, or in fp32 of 16-bit ones: cuBLAS has no other."""
+    module, asked = kernels("linear_logprobs"), []
+    product = module.product
+
+    def recorded(a, b, out, accumulate=False):
+        asked.append((a.dtype, b.dtype, out.dtype))
+        return product(a, b, out, accumulate)
+
+    monkeypatch.setattr(module, "product", recorded)
+    given = test_linear_logprobs.inputs((2, 3), 8, 33)
+    given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
+    leaves = [given[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    with rk.use_backend("triton"):
+        rk.linear_logprobs(**given, memory_budget=memory_budget).sum().backward()
+        rk.linear_logprobs(**given | {"weight": given["weight"].detach(), "bias": None}, memory_budget=memory_budget)
+    assert asked
+    for a, b, out in asked:
+        assert a == b
+        assert out in (a, torch.float32)
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
+def test_a_product_without_fp32_sums():
+    """Where torch refuses the mixed product the operands are widened."""
+    a, b, out = torch.randn(3, 4).half(), torch.randn(4, 5).half(), torch.empty(3, 5)
+    close(kernels("linear_logprobs").product(a, b, out), a.float() @ b.float())
+    close(kernels("linear_logprobs").product(a, b, out, accumulate=True), 2 * (a.float() @ b.float()))

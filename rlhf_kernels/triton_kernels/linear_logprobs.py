@@ -1,5 +1,6 @@
 """linear_logprobs: chunks of rows, cuBLAS products with fp32 results, one row kernel a chunk."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -97,9 +98,28 @@ def host_count(flags: Tensor) -> int | None:
     return int(flags.sum()) if flags.device.type == "cpu" else None
 
 
+@functools.cache
+def _gives_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies such matrices there into an fp32 result; tried once, without waiting for the device."""
+    if device.type == "cpu":
+        return False
+    a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=torch.mm(a, a, out_dtype=torch.float32, out=out))
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Of the logits' gradient: fp16 would lose what is below 6e-8 / token count; bf16 has the range of fp32."""
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 else compute_dtype(weight)
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    """out = a · b, or out += a · b; 16-bit operands with an fp32 result go to the tensor cores as they are."""
-    if a.dtype != out.dtype and a.device.type != "cpu":  # the CPU has no such product
+    """out = a · b, or out += a · b, in the dtype of a and b or wider: 16-bit operands go to the tensor cores as they
+    are where torch sums them in fp32."""
+    if a.dtype in (torch.bfloat16, torch.float16) and out.dtype == torch.float32 and _gives_fp32(a.dtype, a.device):
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -113,8 +133,7 @@ class Chunk:
     def __init__(self, weight: Tensor, bias: Tensor | None, rows_: int) -> None:
         self.weight, self.bias = weight, bias
         self.buffer = weight.new_empty(rows_, weight.shape[0], dtype=compute_dtype(weight))
-        # fp16 would lose gradients below 6e-8 / token count; bf16 has the range of fp32.
-        self.dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else self.buffer.dtype
+        self.dtype = gradient_dtype(weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = product(hidden, self.weight.T, self.buffer[: hidden.shape[0]])
@@ -134,7 +153,8 @@ class LinearGrads:
         self.live, self.weight, self.needs = live, weight, needs
         dtype = compute_dtype(weight)
         self.dhidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=hidden.dtype, device=hidden.device)
-        self.dweight = weight.new_empty(weight.shape if needs[1] else 0, dtype=weight.dtype if chunks == 1 else dtype)
+        sum_dtype = gradient_dtype(weight) if chunks == 1 else dtype
+        self.dweight = weight.new_empty(weight.shape if needs[1] else 0, dtype=sum_dtype)
         self.dbias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=dtype)
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
         self.started = False
