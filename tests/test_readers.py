@@ -302,8 +302,8 @@ def test_messages_go_through_the_models_template(tmp_path, templated):
         Parser(Chat(templated))("x", {"messages": [{"role": "system", "content": "S"}, *CHAT]})
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": CHAT, "answer": 4}) + "\n")
-    assert load_task(str(path), 0, model=templated).prompts == ["<|endoftext|><user>Hi\n<assistant>"]
-    assert load_task(str(path), 0, model="tiny").rows == {HI: {"prompt": CHAT, "answer": 4}}
+    assert load_task(str(path), 0, chat=Chat(templated)).prompts == ["<|endoftext|><user>Hi\n<assistant>"]
+    assert load_task(str(path), 0, chat=Chat("tiny")).rows == {HI: {"prompt": CHAT, "answer": 4}}
 
 
 def test_a_bos_of_the_template_is_not_doubled(templated):

@@ -290,6 +290,27 @@ def test_ppo_runs_on_spans_and_on_missing_scores(tmp_path, start, functions, pro
         ppo.main(settings(tmp_path / "c", start, reward_fn=f"{functions}:spans"))
 
 
+def test_a_function_that_fails_loses_nothing(tmp_path, start, prompts):
+    """It is called for the first evaluation, then for each step; here it fails in the second step."""
+    flag = tmp_path / "fail"
+    (tmp_path / "mine.py").write_text(
+        "import pathlib\ncalls = []\n\ndef length(completions):\n"
+        f"    calls.append(pathlib.Path({str(flag)!r}).exists())\n"
+        "    if len(calls) == 3 and calls[-1]:\n        raise OSError('the judge is away')\n"
+        "    return [-len(text) / 10 for text in completions]\n"
+    )
+    options = {"reward_fn": f"{tmp_path / 'mine.py'}:length", "data": prompts, "steps": 3, "eval_every": 0}
+    whole = ppo.main(settings(tmp_path / "whole", start, **options))
+    flag.touch()
+    with pytest.raises(UserError, match=r"mine.py:length raised OSError: the judge is away \(line 7 of .*mine.py\)"):
+        ppo.main(settings(tmp_path / "cut", start, **options))
+    flag.unlink()
+    cut = ppo.main(settings(tmp_path / "cut", start, resume=True, **options))
+    lines = [read_lines(folder / "metrics.jsonl") for folder in (whole, cut)]
+    kept = [[{k: v for k, v in line.items() if not k.startswith("time/")} for line in each] for each in lines]
+    assert kept[0] == kept[1] and [line["step"] for line in kept[1]] == [0, 1, 2, 3]
+
+
 def test_the_other_stages_take_a_function_too(tmp_path, start, functions, prompts, capsys):
     common = {"init": start.policy, "reward_fn": f"{functions}:length", "data": prompts, "response_length": 6}
     common |= {"num_prompts": 4, "batch_size": 4, "eval_samples": 4}

@@ -39,10 +39,18 @@ class Chat:
     """Renders messages for a model, whose tokenizer is loaded when the first message comes.
 
     model: run folder, model folder or hub name; None, and "tiny", which has no template, for the plain transcript.
+    tokenizer: instead of a model's.
     """
 
-    def __init__(self, model: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.model = model
+        self.trust_remote_code = trust_remote_code
         self._given = tokenizer
 
     @cached_property
@@ -53,7 +61,7 @@ class Chat:
 
         found = self._given
         if found is None and self.model not in (None, TINY):
-            found = load_tokenizer(resolve_model(str(self.model)))
+            found = load_tokenizer(resolve_model(str(self.model)), self.trust_remote_code)
         return found if found is not None and found.chat_template else None
 
     def prompt(self, where: str, messages: Messages) -> str:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from .chat import Chat
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -81,7 +83,7 @@ def load_task(
     data: str,
     seed: int,
     *,
-    model: str | None = None,
+    chat: Chat | None = None,
     columns: Mapping[str, str] | None = None,
     dataset_config: str | None = None,
 ) -> Task:
@@ -92,7 +94,7 @@ def load_task(
             `*.neg` files of one sentence a line; or a file or a folder of rows, or "owner/name" of a hub, in the forms
             of `formats.py`.
         seed: of the generated texts and of every split.
-        model: whose chat template renders messages; without one, or where it has none, they become a plain transcript.
+        chat: renders messages; they become a plain transcript unless given.
         columns: our name of a column → its name in the rows. dataset_config: which configuration of a hub data set.
 
     Raises:
@@ -110,14 +112,13 @@ def load_task(
         return sentences_task(path, seed)
     from .rows import rows_task
 
-    return rows_task(data, seed, model=model, columns=columns, dataset_config=dataset_config)
+    return rows_task(data, seed, chat=chat, columns=columns, dataset_config=dataset_config)
 
 
 def task_of(config: StageConfig, model: str | None) -> Task:
-    """`load_task` with the flags of a stage."""
-    return load_task(
-        config.data, config.seed, model=model, columns=config.columns, dataset_config=config.dataset_config
-    )
+    """`load_task` with the flags of a stage. model: whose chat template renders messages, where it has one."""
+    chat = Chat(model, trust_remote_code=config.trust_remote_code)
+    return load_task(config.data, config.seed, chat=chat, columns=config.columns, dataset_config=config.dataset_config)
 
 
 class StageConfig(Protocol):
@@ -129,6 +130,8 @@ class StageConfig(Protocol):
     def columns(self) -> dict[str, str]: ...
     @property
     def dataset_config(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 def split(items: Sequence[Any], seed: int, fraction: float = HELDOUT_FRACTION) -> tuple[list[Any], list[Any]]:

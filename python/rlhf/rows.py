@@ -17,7 +17,7 @@ def rows_task(
     data: str,
     seed: int,
     *,
-    model: str | None = None,
+    chat: Chat | None = None,
     columns: Mapping[str, str] | None = None,
     dataset_config: str | None = None,
 ) -> Task:
@@ -26,7 +26,7 @@ def rows_task(
     Where files or splits are named for evaluation (test, validation, dev …), theirs are the held-out prompts, and what
     has the same prompts elsewhere is left out; else a tenth of the prompts is held out.
     """
-    parse = Parser(Chat(model), columns)
+    parse = Parser(chat, columns)
     heldout: dict[str, None] = {}
     records = []
     for where, values, source, evaluates in read_rows(data, dataset_config):
