@@ -19,6 +19,7 @@ SMALL = {
     "sft": "--max-steps 3 --batch-size 8",
     "rm": "--max-steps 3 --batch-size 4",
     "ppo": "--steps 1 --batch-size 4 --eval-samples 4 --response-length 6",
+    "online": "--steps 2 --batch-size 4 --eval-samples 4 --response-length 6 --refresh-every 1 --label-prompts 4",
     "rrhf": "--rounds 1 --num-prompts 4 --eval-samples 4 --response-length 6",
     "dpo": "--max-steps 1 --batch-size 4 --pairs sampled --num-prompts 4 --eval-samples 4 --response-length 6",
     "rft": "--rounds 1 --num-prompts 4 --eval-samples 4 --response-length 6",

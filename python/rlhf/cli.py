@@ -26,6 +26,7 @@ STAGES = {
     "sft": Stage("rlhf.sft", "SftConfig", "fine-tune a causal language model on demonstrations"),
     "rm": Stage("rlhf.rm", "RmConfig", "train a reward model on rankings or scores"),
     "ppo": Stage("rlhf.ppo", "PpoConfig", "train the policy on the reward model, with dense rewards if asked"),
+    "online": Stage("rlhf.online", "OnlineConfig", "PPO with a reward model refreshed on labelled new samples"),
     "rrhf": Stage("rlhf.rrhf", "RrhfConfig", "train the policy to rank candidates as the reward model does"),
     "token-feedback": Stage(
         "rlhf.token_feedback", "TokenFeedbackConfig", "train the policy on spans that people marked good or bad"

@@ -49,6 +49,7 @@ class Models:
     normalizer: ScoreNormalizer = field(default_factory=ScoreNormalizer)
     references: dict[str, str] = field(default_factory=dict)
     token_scorer: FunctionScorer | None = None
+    rm_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass

@@ -111,7 +111,11 @@ class Guard:
         run.go_on(checkpoint)
         for part in parts.values():
             if isinstance(part, torch.optim.Optimizer):
-                part.register_step_post_hook(self._weights_changed)
+                self.track(part)
+
+    def track(self, optimizer: torch.optim.Optimizer) -> None:
+        """Know when this optimiser changes weights; those of `parts` are known by themselves."""
+        optimizer.register_step_post_hook(self._weights_changed)
 
     # The loop
 

@@ -7,7 +7,7 @@ advantages (`experience.py`) → epochs of minibatches (`ppo_update.py`) → KL 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,14 +52,24 @@ MAX_RESAMPLES = 10
 """Rounds of dynamic sampling in a step."""
 
 
+Refresh = Callable[[int, Models, Task, Run, Guard], dict[str, float]]
+"""What changes the reward model: called before each step with its number, gives metrics."""
+
+
 def main(config: PpoConfig) -> Path:
     """Train and return the run folder: model/, value/, metrics.jsonl, rollouts.jsonl, samples.jsonl."""
-    run = Run.create(config.out, "ppo", config, resume=config.resume, overwrite=config.overwrite)
+    return train(config, "ppo")
+
+
+def train(config: PpoConfig, stage: str, refresh: Refresh | None = None) -> Path:
+    """The stage; with `refresh` the reward model is no constant of it, but part of each checkpoint and saved at the
+    end."""
+    run = Run.create(config.out, stage, config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
     task = with_gold(task_of(config, config.init), config)
     response_length = config.response_length or task.response_length
     checkpoint = run.load_checkpoint()
-    models, optimizer = prepare(config, checkpoint, task)
+    models, optimizer = prepare(config, checkpoint, task, refreshed=refresh is not None)
     check_prompts(models.policy, models.tokenizer, task.prompts, response_length)
     feedback = feedback_term(config, models.tokenizer, models.ref)
     evaluator = Evaluator.of(config, task, Judges(models.ref, models.scorer, task.gold))
@@ -70,22 +80,23 @@ def main(config: PpoConfig) -> Path:
         demonstrations = Demonstrations(
             needed_demonstrations(task, config, "ptx_coef"), models.tokenizer, config.ptx_batch_size, config.seed
         )
-    trained = {"model": (models.policy, models.tokenizer)}
+    trained: dict[str, Any] = {"model": (models.policy, models.tokenizer)}
     if models.value is not None:
         trained["value"] = (models.value, models.tokenizer)
+    constants: dict[str, Any] = {"data": task, "tokenizer": models.tokenizer, "reference": models.ref}
+    if feedback:
+        constants["token feedback"] = feedback.rows
+    if refresh is None:
+        constants["scorer"] = models.scorer
+    else:
+        trained["reward"] = (models.reward_model, models.rm_tokenizer)
     with Guard(
         run,
         config,
         config.steps,
         models=trained,
         parts={"optimizer": optimizer, "kl": kl, "scores": models.normalizer},
-        constants={
-            "data": task,
-            "tokenizer": models.tokenizer,
-            "reference": models.ref,
-            "scorer": models.scorer,
-            **({"token feedback": feedback.rows} if feedback else {}),
-        },
+        constants=constants,
         checkpoint=checkpoint,
     ) as guard:
         if guard.step == 0:
@@ -100,6 +111,8 @@ def main(config: PpoConfig) -> Path:
             metrics = {"lr": optimizer.param_groups[0]["lr"], "episode": step * config.batch_size}
             evaluated = step == config.steps or (config.eval_every and step % config.eval_every == 0)
             with guard.attempt() as seen:
+                if refresh:
+                    metrics |= refresh(step, models, task, run, guard)
                 with run.timer("generate"):
                     seen["rollout"] = rollout = step_rollout(models, task, config, response_length, step)
                 seen["experience"] = experience = make_experience(models, rollout, config, kl["coef"], run)
@@ -128,26 +141,31 @@ def main(config: PpoConfig) -> Path:
                 guard.total = step
     for record in credit_samples(models, task, config, response_length, guard.total, kl["coef"], run):
         run.sample(record)
-    run.save_model(models.policy, models.tokenizer)
-    if models.value is not None:
-        run.save_model(models.value, models.tokenizer, "value")
+    for name, (model, tokenizer) in trained.items():
+        run.save_model(model, tokenizer, name)
     return run.finish({"kl_coef": kl["coef"], "steps": guard.total, **overoptimization(run.folder)})
 
 
-def prepare(config: PpoConfig, checkpoint: Checkpoint | None, task: Task) -> tuple[Models, torch.optim.Optimizer]:
-    """Models, fresh or as the checkpoint left them, and a fresh optimiser."""
+def prepare(
+    config: PpoConfig, checkpoint: Checkpoint | None, task: Task, *, refreshed: bool = False
+) -> tuple[Models, torch.optim.Optimizer]:
+    """Models, fresh or as the checkpoint left them, and a fresh optimiser. refreshed: the reward model trains too."""
     folder = checkpoint.folder if checkpoint else None
     where = loading_options(config)
     policy, tokenizer = load_policy(str(folder / "model") if folder else config.init, lora=config.lora, **where)
     ref = load_reference(config.ref or config.init, tokenizer, **where)
-    loaded = load_reward_model(config.rm, frozen=True, **where) if config.rm else None
+    loaded = None
+    if config.rm and refreshed:
+        loaded = load_reward_model(str(folder / "reward") if folder else config.rm, lora=config.lora, **where)
+    elif config.rm:
+        loaded = load_reward_model(config.rm, frozen=True, **where)
     scorer = scorer_of(config, loaded, tokenizer, task)
     assert scorer is not None  # the config has seen to it
     reward_model = loaded[0] if loaded else None
     value = (
         load_value(config, checkpoint, policy, tokenizer, loaded and loaded[1], where) if config.has_critic else None
     )
-    models = Models(policy, value, ref, reward_model, tokenizer, scorer)
+    models = Models(policy, value, ref, reward_model, tokenizer, scorer, rm_tokenizer=loaded and loaded[1])
     models.normalizer = ScoreNormalizer(config.score_norm, config.score_clip, config.score_clip_before)
     if config.score_norm == "delta":
         models.references = {each.prompt: each.response for each in needed_demonstrations(task, config, "score_norm")}

@@ -13,6 +13,8 @@ from .plots import Curve
 from .report_runs import Group
 from .report_tables import sft_baseline
 
+PPO_STAGES = ("ppo", "online")
+
 # Title, unit, metric, lower end of the axis.
 DIAGNOSTICS = (
     ("Probability ratio new / old policy", "mean over tokens", "val/ratio", None),
@@ -139,7 +141,7 @@ def reward_model(page: Page, groups: Sequence[Group]) -> None:
 def losses(page: Page, groups: Sequence[Group]) -> None:
     page.section("Learning curves")
     figures = []
-    for group in (group for group in groups if group.stage != "ppo"):
+    for group in (group for group in groups if group.stage not in PPO_STAGES):
         logged = dict.fromkeys(name for run in group.runs for line in run.metrics for name in line if is_loss(name))
         lines = [
             Curve(name, index, *series, points=name.startswith("eval/"))
@@ -158,7 +160,7 @@ def is_loss(metric: str) -> bool:
 
 
 def diagnostics(page: Page, groups: Sequence[Group]) -> None:
-    groups = [group for group in groups if group.stage == "ppo"]
+    groups = [group for group in groups if group.stage in PPO_STAGES]
     page.section("PPO diagnostics")
     if not groups:
         return page.missing("No PPO run among these folders.")
@@ -173,7 +175,7 @@ def diagnostics(page: Page, groups: Sequence[Group]) -> None:
 
 
 def clipping(page: Page, groups: Sequence[Group]) -> None:
-    groups = [group for group in groups if group.stage == "ppo"]
+    groups = [group for group in groups if group.stage in PPO_STAGES]
     page.section(
         "What the clip held back",
         "Share of tokens whose gradient a bound of the ratio stopped. The upper bound can act only on tokens with a "

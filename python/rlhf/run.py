@@ -4,6 +4,7 @@ run.json          stage, config, versions, start, seconds, summary
 metrics.jsonl     one JSON object a logged step
 rollouts.jsonl    ppo: scores, lengths and KL by position of some steps' responses
 samples.jsonl     sampled responses with the credit of each token
+labels.jsonl      online: the rankings that were labelled
 model/            save_pretrained folder; ppo also writes value/
 checkpoints/      step-000040/{model, value, state.safetensors, state.json}, the last few
 skipped/          step-000012/…: what a step was given that was skipped because a number was not finite
@@ -255,7 +256,7 @@ class Run:
 
     def _drop_after(self, step: int | None) -> None:
         """Forget the lines of steps that will be run again; without a step, all of them."""
-        for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "labels.jsonl"):
             path = self.folder / name
             if path.exists():
                 kept = [line for line in read_lines(path) if step is not None and line["step"] <= step]
