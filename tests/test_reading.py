@@ -42,6 +42,10 @@ PAIRS = [  # prompt, response, whether it ended by itself
 def tokenizer_of(kind):
     if kind == "bpe":
         return train_tokenizer(TEXTS, 400)
+    if kind == "bpe-trimmed":  # as GPT-2's: the offsets leave out the space that a token begins with
+        tokenizer = train_tokenizer(TEXTS, 400)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+        return tokenizer
     if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
@@ -68,7 +72,7 @@ def tokenizer_of(kind):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return {kind: tokenizer_of(kind) for kind in ("bpe", "wordpiece", "unigram")}
+    return {kind: tokenizer_of(kind) for kind in ("bpe", "bpe-trimmed", "wordpiece", "unigram")}
 
 
 def model_of(tokenizer):
@@ -98,7 +102,7 @@ def rollout_of(tokenizer, pairs=PAIRS):
 # Where tokens stand
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "bpe-trimmed", "wordpiece", "unigram"])
 def test_spans_tile_the_text(tokenizers, kind):
     for prompt, response, _ in PAIRS:
         text = prompt + response
