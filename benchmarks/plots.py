@@ -50,7 +50,7 @@ def drawn(op: str, axis: str, rows: Rows) -> str:
     """The SVG, the same bytes for the same rows."""
     import matplotlib  # here, since benchmarks run without it
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogFormatter, LogLocator, NullLocator
 
     said = digest(rows)
     phase = [row["phase"] for row in rows if row["phase"] != "graph"][-1]
@@ -80,6 +80,8 @@ def drawn(op: str, axis: str, rows: Rows) -> str:
             axes.set_xticks(places, [str(x) for x in places])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 1.5)))
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{op}  {_beside(axis, rows[0]['case'])}")
