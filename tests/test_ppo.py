@@ -380,8 +380,16 @@ def test_settings_that_do_not_go_together(tmp_path, start, change, message):
         config(tmp_path, start, **change)
 
 
-def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch):
-    changes = {"steps": 4, "save_steps": 2, "kl_control": "adaptive", "reward_shaping": "abc"}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl_control": "adaptive", "reward_shaping": "abc"},
+        {"score_norm": "running-std", "value_trunk": "shared", "ptx_coef": 0.5, "ptx_batch_size": 4},
+    ],
+    ids=["adaptive", "shared"],
+)
+def test_resume_equals_an_uninterrupted_run(tmp_path, start, monkeypatch, changes):
+    changes = {**changes, "steps": 4, "save_steps": 2}
     whole = ppo.main(config(tmp_path / "whole", start, **changes))
 
     log = Run.log
