@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks.experiments import __main__ as command
-from benchmarks.experiments import dense, experiment, methods, page, statistics, store
+from benchmarks.experiments import dense, experiment, labels, methods, online, page, statistics, store
 
 EXPERIMENTS = command.EXPERIMENTS
 
@@ -92,7 +92,36 @@ def test_every_arm_is_a_configuration_of_its_stage(tmp_path):
             arms = each.arms(experiment.Task(where, where))
             assert len({arm.name for arm in arms}) == len(arms) > 1, name
             for arm in arms:
-                experiment.configure(arm.stage, {"init": "a", "rm": "b", "out": str(tmp_path), **arm.changes})
+                models = {"init": "a"} if arm.stage == "rm" else {"init": "a", "rm": "b"}
+                experiment.configure(arm.stage, {**models, "out": str(tmp_path), **arm.changes})
+
+
+def test_online_says_whether_gold_falls():
+    records = []
+    for arm, curve in (("offline", (0.2, 0.6, 0.1)), ("refreshed", (0.2, 0.5, 0.7))):
+        for seed in range(3):
+            each = record(arm, seed, [1.0], gold=curve[-1])
+            each["series"]["eval/gold"] = [[step, value + 0.001 * seed] for step, value in zip((0, 10, 20), curve)]
+            records.append(each)
+    text = online.finding(records, ["offline", "refreshed"])
+    assert "offline: gold peaks at 0.601 in step 10 and falls by 0.500 ± 0.000 by step 20." in text
+    assert "refreshed: gold peaks at 0.701 in step 20 and does not fall by step 20." in text
+    assert "At the end refreshing has 0.600 ± 0.000 of gold over offline." in text
+
+
+def test_labels_carry_their_annotators_bias(tmp_path):
+    plain, by_response = (
+        [json.loads(line) for line in labels.write_labels("reviews", bias, 1, tmp_path).read_text().splitlines()]
+        for bias in (labels.BIASES[0], labels.BIASES[2])
+    )
+    assert len(plain) == labels.RANKINGS
+    offsets = {}
+    for clean, biased in zip(plain, by_response):
+        assert clean["responses"] == biased["responses"]
+        for before, after, name in zip(clean["scores"], biased["scores"], biased["annotators"]):
+            assert offsets.setdefault(name, after - before) == pytest.approx(after - before)
+    assert len(offsets) == labels.ANNOTATORS and len({round(offset, 6) for offset in offsets.values()}) > 1
+    assert all(len(set(row["annotators"])) == 1 for row in plain)
 
 
 def test_what_is_done_is_not_run_again(tmp_path):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from . import dense, methods, page, store
+from . import dense, labels, methods, online, page, store
 from .experiment import Arm, Experiment, Task, measured_run, prepare, task
 
-EXPERIMENTS = {each.EXPERIMENT.name: each.EXPERIMENT for each in (dense, methods)}
+EXPERIMENTS = {each.EXPERIMENT.name: each.EXPERIMENT for each in (dense, methods, online, labels)}
 WORK = Path(__file__).parents[2] / "build" / "experiments"  # start models, and runs that have not finished
 
 
@@ -65,8 +65,8 @@ def run(jobs: list[tuple[str, Task, Arm, int]], options: argparse.Namespace) -> 
     begin, failures = time.monotonic(), 0
     context = multiprocessing.get_context("fork")
     with context.Pool(options.jobs, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=1) as pool:
-        for where in dict.fromkeys(job[1].name for job in jobs):
-            pool.apply(prepare, (task(where), WORK))
+        for where, rankings in dict.fromkeys((job[1].name, job[2].rankings) for job in jobs):
+            pool.apply(prepare, (task(where), WORK, rankings))
         waiting = iter(jobs)
         running: list[tuple[tuple[str, Task, Arm, int], Any]] = []
         while True:
@@ -91,7 +91,7 @@ def run(jobs: list[tuple[str, Task, Arm, int]], options: argparse.Namespace) -> 
 def one(job: tuple[str, Task, Arm, int]) -> dict[str, Any]:
     _, where, arm, seed = job
     try:
-        return measured_run(arm, seed, where, prepare(where, WORK), WORK / "runs")
+        return measured_run(arm, seed, where, prepare(where, WORK, arm.rankings), WORK / "runs")
     except Exception:
         return {"error": traceback.format_exc()}
 

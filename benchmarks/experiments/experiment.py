@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import math
 import os
 import resource
@@ -16,17 +18,18 @@ from typing import Any
 import torch
 
 from rlhf import evaluate
-from rlhf.data import load_task
+from rlhf.data import collate, encode_text, load_task
 from rlhf.evaluate import eval_prompts
-from rlhf.files import read_lines
-from rlhf.model import load_policy, response_logprobs
+from rlhf.files import read_lines, write_atomically
+from rlhf.model import load_policy, load_reward_model, response_logprobs, scores
 from rlhf.report_runs import read_json
 from rlhf.rollout import generate
 
 CONFIGS = {"rm": "RmConfig", "sft": "SftConfig", "ppo": "PpoConfig", "rrhf": "RrhfConfig", "dpo": "DpoConfig"}
-CONFIGS |= {"best_of_n": "BestOfNConfig", "rft": "RftConfig"}
+CONFIGS |= {"best_of_n": "BestOfNConfig", "rft": "RftConfig", "online": "OnlineConfig"}
 SERIES = ("objective/scores", "eval/proxy", "eval/gold", "eval/kl", "eval/length")
 EVAL_SAMPLES = 256  # responses in the final evaluation of a run
+BEST_OF_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. stage: a module of rlhf with a `main`. changes: of its configuration's defaults."""
+    """One way to train.
+
+    stage: a module of rlhf with a `main`. changes: of its configuration's defaults. rankings: how many the reward model
+    was trained on, all unless given. data: (seed, folder) → --data, for an arm that has data of its own.
+    """
 
     name: str
     stage: str
     changes: Mapping[str, Any]
+    rankings: int | None = None
+    data: Callable[[int, Path], Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,29 @@ def task(name: str) -> Task:
     return Task(name, str(folder), rm={"epochs": 4, "token_dropout": 0.4, "batch_size": 8})
 
 
-def prepare(task: Task, folder: Path) -> tuple[Path, Path]:
+def prepare(task: Task, folder: Path, rankings: int | None = None) -> tuple[Path, Path]:
     """(supervised model, reward model) of a task, trained once; every arm and seed starts from them."""
-    sft, rm = folder / task.name / "sft", folder / task.name / "rm"
-    stages = (("sft", sft, dict(task.sft)), ("rm", rm, {"init": str(sft), **task.rm}))
-    for stage, target, changes in stages:
-        if not (target / "model").exists():
-            shutil.rmtree(target, ignore_errors=True)
-            _run_stage(stage, {"out": str(target), "data": task.data, "seed": 0, **changes})
+    sft, rm = folder / task.name / "sft", folder / task.name / f"rm-{rankings or 'all'}"
+    data = task.data
+    if not (sft / "model").exists():
+        shutil.rmtree(sft, ignore_errors=True)
+        _run_stage("sft", {"out": str(sft), "data": data, "seed": 0, **task.sft})
+    if not (rm / "model").exists():
+        shutil.rmtree(rm, ignore_errors=True)
+        if rankings is not None:
+            data = str(write_rankings(folder / task.name / f"rankings-{rankings}.jsonl", task, rankings))
+        _run_stage("rm", {"out": str(rm), "data": data, "seed": 0, "init": str(sft), **task.rm})
     return sft, rm
+
+
+def write_rankings(file: Path, task: Task, count: int) -> Path:
+    """The first rankings of the task as a file of rows."""
+    rows = [
+        {"prompt": each.prompt, "responses": each.responses, "scores": each.scores}
+        for each in load_task(task.data, 0).rankings[:count]
+    ]
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def measured_run(arm: Arm, seed: int, task: Task, start: tuple[Path, Path], folder: Path) -> dict[str, Any]:
@@ -85,11 +108,14 @@ def measured_run(arm: Arm, seed: int, task: Task, start: tuple[Path, Path], fold
     sft, rm = start
     out = folder / f"{task.name}-{arm.name}-{seed}".replace("/", "-").replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
+    data = str(arm.data(seed, folder)) if arm.data else task.data
     changes = {
         key: value.format(sft=sft, rm=rm) if isinstance(value, str) else value for key, value in arm.changes.items()
     }
     begin = time.monotonic()
-    settings = {"init": str(sft), "rm": str(rm), "data": task.data, "seed": seed, "out": str(out), **changes}
+    settings = {"init": str(sft), "rm": str(rm), "data": data, "seed": seed, "out": str(out), **changes}
+    if arm.stage == "rm":
+        del settings["rm"]
     _run_stage(arm.stage, settings)
     seconds = time.monotonic() - begin
     lines = read_lines(out / "metrics.jsonl")
@@ -107,7 +133,7 @@ def measured_run(arm: Arm, seed: int, task: Task, start: tuple[Path, Path], fold
         },
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "series": {name: points for name, points in series.items() if points},
-        "final": final(out, seed, task, start),
+        "final": (final_reward_model if arm.stage == "rm" else final)(out, seed, task, start),
     }
     shutil.rmtree(out)
     return record
@@ -129,6 +155,41 @@ def final(run: Path, seed: int, task: Task, start: tuple[Path, Path]) -> dict[st
     with torch.no_grad():
         logprobs = response_logprobs(ref, rollout.batch)
     return means | {"perplexity": _short(math.exp(-logprobs.sum() / rollout.batch.mask.sum()))}
+
+
+def final_reward_model(run: Path, seed: int, task: Task, start: tuple[Path, Path]) -> dict[str, float]:
+    """Of a reward model, on held-out texts: pairs in gold's order, Pearson's r with gold, gold of its best of 16."""
+    loaded = load_task(task.data, seed)
+    assert loaded.gold is not None
+    model, tokenizer = load_reward_model(str(run))
+
+    def scored(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        texts = [encode_text(tokenizer, prompt, response) for prompt, response in zip(prompts, responses)]
+        batch = collate(texts, [[]] * len(texts), tokenizer.pad_token_id)
+        with torch.no_grad():
+            return scores(model, batch.tokens, batch.attention_mask, micro_batch=256)
+
+    pairs = [(each.prompt, response) for each in loaded.heldout_rankings for response in each.responses]
+    prompts, responses = map(list, zip(*pairs))
+    ours, gold = scored(prompts, responses), torch.tensor(loaded.gold(prompts, responses))
+    right = total = place = 0
+    for each in loaded.heldout_rankings:
+        for i, j in itertools.combinations(range(place, place + len(each.responses)), 2):
+            if gold[i] != gold[j]:
+                right += int((ours[i] > ours[j]) == (gold[i] > gold[j]))
+                total += 1
+        place += len(each.responses)
+    policy, policy_tokenizer = load_policy(str(start[0]))
+    torch.manual_seed(seed)
+    asked = [prompt for prompt in eval_prompts(loaded.eval_prompts, BEST_OF_PROMPTS) for _ in range(16)]
+    rollout = generate(policy, policy_tokenizer, asked, response_length=loaded.response_length)
+    best = scored(rollout.prompts, rollout.responses).view(-1, 16).argmax(1, keepdim=True)
+    found = torch.tensor(loaded.gold(rollout.prompts, rollout.responses)).view(-1, 16)
+    return {
+        "accuracy": _short(right / total),
+        "correlation": _short(torch.corrcoef(torch.stack([ours, gold]))[0, 1].item()),
+        "best_of_16": _short(found.gather(1, best).mean().item()),
+    }
 
 
 def configure(stage: str, settings: Mapping[str, Any]) -> Any:
