@@ -408,7 +408,7 @@ def test_parquet(tmp_path):
         ("a.json", "[1]", "a.json, row 1: a row must be a JSON object, got int"),
         ("a.json", '[{"prompt": "a"},\n{"prompt"}]', "a.json:2: not JSON"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:-6], "a.jsonl.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-6], "a.jsonl.gz: not a whole gzip file"),
         ("a.xlsx", "", "a.xlsx: must be a .jsonl, .json, .csv, .tsv, .parquet file"),
     ],
 )
