@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf import rm, rm_metrics
+from rlhf.chat import renderer_hash
 from rlhf.config import UserError
 from rlhf.data import Demonstration, Ranking, load_task
 from rlhf.model import load_policy, load_reward_model, scores
@@ -203,6 +204,7 @@ def test_a_run_learns_to_order_held_out_responses(trained):
 
 def test_scores_of_demonstrations_are_normalized(trained, data):
     model, tokenizer = load_reward_model(str(trained))
+    assert model.config.renderer_hash == renderer_hash(tokenizer)  # a later stage can tell
     texts = [(each.prompt, each.response) for each in load_task(data, 0).demonstrations]
     found = rm.score_texts(model, tokenizer, texts, 512, micro_batch=7)
     assert found.mean().item() == pytest.approx(0.0, abs=1e-4)
