@@ -6,12 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf import decoding
 from rlhf.data import collate, encode_prompt
 from rlhf.decoding import beam_search, nucleus_sample
 from rlhf.model import load_policy, response_logits
 
 EOS = 0
 TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS)
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    """A chain remembers nothing."""
+    monkeypatch.setattr(decoding, "growing_cache", lambda model: {})
 
 
 class Chain:
@@ -23,15 +30,14 @@ class Chain:
         self.table = logits
 
     def __call__(self, input_ids, **_):
-        cache = SimpleNamespace(reorder_cache=lambda rows: None)
-        return SimpleNamespace(logits=self.table[input_ids[:, -1:]], past_key_values=cache)
+        return SimpleNamespace(logits=self.table[input_ids[:, -1:]])
 
     def logprob(self, start, tokens, temperature=1.0):
         table = (self.table / temperature).log_softmax(-1)
         return sum(table[a, b].item() for a, b in itertools.pairwise([start, *tokens]))
 
 
-def test_a_beam_as_wide_as_all_sequences_ranks_them_all():
+def test_a_beam_as_wide_as_all_sequences_ranks_them_all(no_cache):
     chain = Chain(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)))
     (found,) = beam_search(chain, TOKENIZER, [[3]], beams=100, response_length=3, temperature=0.7)
     every = [list(each) for n in (1, 2, 3) for each in itertools.product(range(5), repeat=n)]
@@ -43,7 +49,7 @@ def test_a_beam_as_wide_as_all_sequences_ranks_them_all():
     assert all(tokens[-1] == EOS for tokens in found[:21])
 
 
-def test_two_beams_find_what_greedy_misses():
+def test_two_beams_find_what_greedy_misses(no_cache):
     probability = torch.tensor([[1.0, 0, 0], [0.1, 0.45, 0.45], [0.9, 0.05, 0.05]])
     chain = Chain(torch.cat([probability, torch.tensor([[0.0, 0.6, 0.4]])]).log().nan_to_num(neginf=-1e4))
     chain.table = torch.nn.functional.pad(chain.table, (0, 1), value=-1e4)
@@ -54,7 +60,7 @@ def test_two_beams_find_what_greedy_misses():
 
 
 @pytest.mark.parametrize(("diversity", "different"), [(0.0, 1), (100.0, 4)])
-def test_a_penalty_makes_groups_differ(diversity, different):
+def test_a_penalty_makes_groups_differ(no_cache, diversity, different):
     chain = Chain(torch.randn(5, 5, generator=torch.Generator().manual_seed(2)))
     found = beam_search(chain, TOKENIZER, [[1], [2]], beams=4, groups=4, diversity=diversity, response_length=3)
     for responses in found:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .data import collate, position_ids
+from .kv_cache import growing_cache
 from .rollout import until_eos
 
 if TYPE_CHECKING:
@@ -95,17 +96,16 @@ def beam_search(
     state = [[_Group([(0.0, [])]) for _ in range(groups)] for _ in prompts]
     batch = collate(prompts, [[]] * len(prompts), tokenizer.pad_token_id).to(model.device)
     repeats = torch.arange(len(prompts), device=model.device).repeat_interleave(beams)
-    tokens, attention_mask, cache = batch.tokens[repeats], batch.attention_mask[repeats], None
+    tokens, attention_mask, cache = batch.tokens[repeats], batch.attention_mask[repeats], growing_cache(model)
     for step in range(response_length):
         output = model(
             input_ids=tokens,
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask)[:, -tokens.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache,
         )
-        cache = output.past_key_values
         logprobs = (output.logits[:, -1].float() / temperature).log_softmax(-1)
         parents, taken = [], []
         for row, prompt_groups in enumerate(state):
@@ -118,7 +118,8 @@ def beam_search(
                 taken += [token for _, token in chosen]
         if step + 1 == response_length or not any(group.alive for each in state for group in each):
             break
-        cache.reorder_cache(torch.tensor(parents, device=model.device))
+        for held in cache.values():
+            held.batch_select_indices(torch.tensor(parents, device=model.device))
         tokens = torch.tensor(taken, device=model.device)[:, None]
         attention_mask = torch.cat([attention_mask, torch.ones_like(tokens, dtype=torch.bool)], 1)
     return [[tokens for group in each for tokens in _best(group, width)] for each in state]
