@@ -50,9 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"rlhf {__version__}")
         return 0
+    if argv[0] == "env":
+        from .env import print_environment
+
+        print_environment()
+        return 0
     name = argv[0].replace("_", "-")
     if name not in STAGES:
-        print(f"rlhf: unknown command {argv[0]}{suggestion(name, STAGES)}; see rlhf --help", file=sys.stderr)
+        print(f"rlhf: unknown command {argv[0]}{suggestion(name, [*STAGES, 'env'])}; see rlhf --help", file=sys.stderr)
         return 2
     # Before torch loads OpenMP: its threads spin while they wait, and a second busy process then makes small models
     # several times slower (66 s against 11 s for 20 steps of `rlhf sft` with three processes on two cores).
@@ -106,6 +111,7 @@ def overview() -> str:
         "usage: rlhf <command> [--flag value …]\n\n"
         f"Reinforcement learning from human feedback, stage by stage.\n\n{commands}\n\n"
         "rlhf <command> --help   every flag of a command, with its default\n"
+        "rlhf env                what a bug report needs: versions, machine, backends of the ops\n"
         "rlhf --version\n\n"
         "A first run, without network or data: rlhf demo"
     )

@@ -5,7 +5,7 @@ metrics.jsonl     one JSON object a logged step
 rollouts.jsonl    ppo: scores, lengths and KL by position of some steps' responses
 samples.jsonl     sampled responses with the credit of each token
 labels.jsonl      online: the rankings that were labelled
-model/            save_pretrained folder; ppo also writes value/
+model/            save_pretrained folder with a model card and training_args.json; ppo also writes value/
 checkpoints/      step-000040/{model, value, state.safetensors, state.json}, the last few
 skipped/          step-000012/…: what a step was given that was skipped because a number was not finite
 """
@@ -17,7 +17,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import sys
@@ -30,10 +29,11 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from . import __version__
+from .card import command_of, write_card
 from .chat import renderer_hash
 from .checkpoint import Unreadable, read_state, write_state
 from .config import UserError
+from .env import versions
 from .files import append_line, clear, new_folder, plain, read_lines, recover, write_atomically, write_json
 from .lora import has_adapter, save_adapter
 
@@ -54,6 +54,7 @@ class Run:
         self.folder = folder
         self.stage = stage
         self.config = config
+        self.command = ""
         self._info: dict[str, Any] = {}
         self._timers: dict[str, float] = {}
         self._start = time.monotonic()
@@ -72,6 +73,7 @@ class Run:
         UserError where the run in `out` is of another stage, or where overwriting would delete the run's own input.
         """
         run = cls(Path(out), stage, plain(dataclasses.asdict(config)))
+        run.command = command_of(stage, config)
         tensorboard = run.config.get("report_to") == "tensorboard"
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("report_to=tensorboard needs the tensorboard package: pip install tensorboard")
@@ -104,7 +106,8 @@ class Run:
         self._info = {
             "stage": self.stage,
             "config": self.config,
-            "versions": _versions(),
+            "command": self.command,
+            "versions": versions(),
             "started": previous.get("started") or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "seconds": None,
             "finished": False,
@@ -188,6 +191,8 @@ class Run:
         """Write `<out>/<name>` with save_pretrained; what was there stays whole until the new folder is complete."""
         with new_folder(self.folder / name) as folder:
             _save_pretrained(folder, model, tokenizer)
+            metrics = self.folder / "metrics.jsonl"
+            write_card(folder, self._info, read_lines(metrics) if metrics.exists() else [], name)
         return self.folder / name
 
     def save_checkpoint(self, step: int, models: dict[str, tuple[Any, Any]], state: dict[str, Any]) -> Path:
@@ -388,15 +393,3 @@ def _summary_writer(folder: Path, resumed_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "rlhf": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-    }
