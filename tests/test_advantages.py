@@ -208,6 +208,14 @@ def test_responses_without_a_score_or_tokens_are_left_out():
         assert advantages.flatten().tolist() == [-best, best, 0]
 
 
+def test_a_response_left_out_of_the_loss_still_counts_in_its_group():
+    """missing_eos mask: its score is part of the others' baseline."""
+    parts = given([[1.0], [3], [8]], groups=[0, 0, 0])
+    parts.mask[2] = False
+    advantages, _ = advantages_and_returns(parts, settings(estimator="dr_grpo", num_generations=2))
+    assert advantages.flatten().tolist() == [-3, -1, 0]
+
+
 def test_rows_of_a_minibatch():
     parts = given([[1.0, 2], [3, 4], [5, 6]], bootstrap=torch.tensor([1.0, 2, 3]))
     rows = parts.rows(torch.tensor([2, 0]))

@@ -156,7 +156,7 @@ def _without_critic(rewards: Rewards, config: PpoConfig) -> Tensor:
                 raise ValueError("advantages_and_returns: remax needs rewards.baseline, got None")
             to_go = to_go - rewards.baseline[:, None]
         return torch.where(mask, to_go[:, : mask.shape[1]], 0)
-    lengths = mask.sum(1)
+    lengths = rewards.counted.sum(1)
     total = torch.where(lengths > 0, torch.where(rewards.counted, tokens, 0).sum(1), torch.nan)
     if config.estimator == "opo":
         advantage = total - group_mean(total, rewards.groups, lengths)

@@ -130,7 +130,7 @@ def make_experience(
             tokens=place_rewards(credit, penalty, column, config.score_position),
             values=old_values,
             mask=mask,
-            counted=through(column, batch.mask) & mask.any(1, keepdim=True),
+            counted=through(column, batch.mask),
             groups=torch.arange(len(batch), device=mask.device) // config.num_generations,
             bootstrap=bootstrap(old_values, rollout, config.gamma) if config.bootstrap_truncated else None,
             baseline=baseline,
@@ -140,7 +140,10 @@ def make_experience(
             parts, config if whole else replace(config, whiten_advantages=False)
         )
     check_finite(log_probability=old_logprobs, advantage=advantages)
-    after = torch.zeros_like(mask[:, :1])
+    # trlx gives the values after EOS a part in the advantages, but does not train them.
+    trained = mask.any(1, keepdim=True) & parts.counted
+    if config.score_position == "trlx":
+        trained = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
     return Experience(
         rollout=rollout,
         scores=score,
@@ -151,8 +154,7 @@ def make_experience(
         kl=kl,
         credit=credit,
         parts=parts,
-        # trlx gives the values after EOS a part in the advantages, but does not train them.
-        value_mask=torch.cat([mask, after], 1) if config.score_position == "trlx" else parts.counted,
+        value_mask=trained,
         advantages=advantages,
         returns=returns,
     )
