@@ -143,7 +143,7 @@ SCALARS = """temperature=0.7 softcap=None scale=0.088 window=None beta=0.9 kl_co
     gamma=0.99 lam=0.95 whiten=True cliprange=0.2 cliprange_high=0.28 cliprange_value=0.2 vf_coef=0.5 dual_clip=3.0
     entropy_coef=0.01 rank_coef=1.0 sft_coef=1.0 length_power=1.0 center_coef=0.01 with_entropy=True with_unit=False
     with_grad=True needs=[True,True,True] memory_budget=None max_tokens=None group_size=None
-    grad_buffer=None"""
+    grad_buffer=None keep_logits=False kept=None"""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 

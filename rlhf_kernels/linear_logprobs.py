@@ -10,6 +10,8 @@ from .ppo_loss import needs_grad
 
 _triton = backend.import_triton("linear_logprobs")
 
+KEPT_LOGITS = 256 << 20  # bytes that a CPU keeps for the backward pass, unless a budget is given
+
 
 def _fwd_fake(
     hidden: Tensor,
@@ -23,10 +25,13 @@ def _fwd_fake(
     with_unit: bool,
     memory_budget: int | None,
     max_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs = hidden.new_empty(tokens.shape, dtype=reference.compute_dtype(hidden))
     entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
-    return logprobs, entropy, torch.empty_like(logprobs), hidden.new_empty(hidden.shape if with_unit else 0)
+    unit = hidden.new_empty(hidden.shape if with_unit else 0)
+    kept = logprobs.new_empty((tokens.numel(), weight.shape[0]) if keep_logits else 0)
+    return logprobs, entropy, torch.empty_like(logprobs), unit, kept
 
 
 def linear_grads_fake(
@@ -43,13 +48,13 @@ def linear_grads_fake(
 def _bwd_fake(
     hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_grads_fake(hidden, weight, bias, rest[-3])
+    return linear_grads_fake(hidden, weight, bias, rest[-4])
 
 
 _fwd = backend.register(
     "linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor tokens, Tensor? mask, Tensor? bias, float temperature, "
-    "float? softcap, bool with_entropy, bool with_unit, int? memory_budget, int? max_tokens) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor unit)",
+    "float? softcap, bool with_entropy, bool with_unit, int? memory_budget, int? max_tokens, bool keep_logits) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor unit, Tensor kept)",
     fake=_fwd_fake,
     torch_impl=reference.linear_logprobs_fwd,
     triton=_triton and _triton.fwd,
@@ -57,7 +62,7 @@ _fwd = backend.register(
 _bwd = backend.register(
     "linear_logprobs_bwd(Tensor hidden, Tensor weight, Tensor tokens, Tensor? mask, Tensor? bias, Tensor lse, "
     "Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float? softcap, bool[3] needs, "
-    "int? memory_budget, int? max_tokens) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "int? memory_budget, int? max_tokens, Tensor? kept) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_bwd_fake,
     torch_impl=reference.linear_logprobs_bwd,
     triton=_triton and _triton.bwd,
@@ -65,20 +70,21 @@ _bwd = backend.register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, tokens, mask, bias, ctx.temperature, ctx.softcap, with_entropy, ctx.with_unit, *ctx.limits = inputs
-    _, entropy, lse, unit = output
+    hidden, weight, tokens, mask, bias, ctx.temperature, ctx.softcap, with_entropy, ctx.with_unit, *rest = inputs
+    *ctx.limits, keep_logits = rest
+    _, entropy, lse, unit, kept = output
     if ctx.with_unit:
         ctx.save_for_backward(tokens, mask, unit)
     else:
-        ctx.save_for_backward(hidden, weight, tokens, mask, bias, lse, entropy)
-    ctx.mark_non_differentiable(lse, unit, *([] if with_entropy else [entropy]))
+        ctx.save_for_backward(hidden, weight, tokens, mask, bias, lse, entropy, kept if keep_logits else None)
+    ctx.mark_non_differentiable(lse, unit, kept, *([] if with_entropy else [entropy]))
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    result: list[Tensor | None] = [None] * 11
+    result: list[Tensor | None] = [None] * 12
     if grad_logprobs is None and grad_entropy is None:
         return tuple(result)
     if ctx.with_unit:
@@ -90,7 +96,8 @@ def _backward(
         return tuple(result)
     positions = (0, 1, 4)
     needs = [ctx.needs_input_grad[position] for position in positions]
-    grads = _bwd(*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap, needs, *ctx.limits)
+    *saved, kept = ctx.saved_tensors
+    grads = _bwd(*saved, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap, needs, *ctx.limits, kept)
     for position, need, grad in zip(positions, needs, grads):
         result[position] = grad if need else None
     return tuple(result)
@@ -114,11 +121,13 @@ def linear_logprobs(
     """`token_logprobs(hidden @ weight.T + bias, tokens, mask)` with only a chunk of the logits in memory at a time.
 
     Four matrix products forward and backward together; two, all in the forward pass, if only hidden needs a gradient.
+    On a CPU three, where the fp32 logits of all tokens fit the budget: they are then kept for the backward pass.
 
     Args:
         hidden: [..., H] float. weight: [V, H], the language-model head. bias: [V] or None.
         tokens: [...] int64. mask: [...] bool. temperature, softcap: as in `token_logprobs`.
-        memory_budget: bytes that a chunk of logits may take; the backend's own choice unless given (2 GiB on a GPU).
+        memory_budget: bytes that a chunk of logits may take, and beside it the kept ones; the backend's own choice
+            unless given (2 GiB on a GPU; on a CPU 64 MiB, 256 MiB in bf16, and 256 MiB of kept logits).
         max_tokens: no more than so many tokens count, so products are made for no more. A GPU cannot see the number
             without waiting; the CPU does, and needs no hint. Where more count, it is an error (on a GPU: NaN).
 
@@ -180,15 +189,21 @@ def _linear_logprobs(
     with_entropy: bool,
     memory_budget: int | None,
     max_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, weight, bias, mask = check_linear(op, hidden, weight, tokens, mask, bias)
     checks.positive(op, temperature=temperature, softcap=softcap, memory_budget=memory_budget)
     checks.not_negative(op, max_tokens=max_tokens)
     # With a frozen head ∂logprob/∂hidden is ready before any upstream gradient is; an entropy would need a second one.
     with_unit = needs_grad(hidden) and not needs_grad(weight, bias) and not with_entropy
-    return _fwd(
-        hidden, weight, tokens, mask, bias, temperature, softcap, with_entropy, with_unit, memory_budget, max_tokens
+    size = tokens.numel() * weight.shape[0] * reference.compute_dtype(hidden).itemsize
+    keep_logits = (
+        needs_grad(hidden, weight, bias)
+        and not with_unit
+        and hidden.device.type == "cpu"
+        and size <= (memory_budget or KEPT_LOGITS)
     )
+    limits = (memory_budget, max_tokens, keep_logits)
+    return _fwd(hidden, weight, tokens, mask, bias, temperature, softcap, with_entropy, with_unit, *limits)
 
 
 def check_linear(

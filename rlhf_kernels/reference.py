@@ -171,14 +171,18 @@ def linear_logprobs_fwd(
     with_unit: bool,
     memory_budget: int | None,
     max_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep_logits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     missed = without_room("linear_logprobs", valid_tokens(tokens, mask), max_tokens)
     rows = counted_rows(hidden, tokens, mask)
     outputs = hidden.new_zeros(3, rows.shape[0], dtype=compute_dtype(hidden))
     units = LinearGrads(hidden, rows, weight, bias, [with_unit, False, False])
     logprobs, entropy, lse = outputs.unbind()
+    kept = outputs.new_empty((rows.shape[0], weight.shape[0]) if keep_logits else 0)
     for part in row_chunks(rows, weight.shape[0], memory_budget):
         logits = project(rows[part], weight, bias)
+        if keep_logits:
+            kept[part] = logits
         chosen, chunk_mask = tokens.reshape(-1)[part], _rows(mask, part)
         a, b, c = token_logprobs_fwd(logits, chosen, chunk_mask, temperature, softcap, with_entropy)
         logprobs[part], lse[part] = a, c
@@ -193,6 +197,7 @@ def linear_logprobs_fwd(
         entropy.clone().view(shape).masked_fill(missed, torch.nan) if with_entropy else entropy.new_empty(0),
         lse.clone().view(shape),
         units.result()[0],
+        kept,
     )
 
 
@@ -211,12 +216,13 @@ def linear_logprobs_bwd(
     needs: list[bool],
     memory_budget: int | None,
     max_tokens: int | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = counted_rows(hidden, tokens, mask)
     grads = LinearGrads(hidden, rows, weight, bias, needs)
     for part in row_chunks(rows, weight.shape[0], memory_budget):
         dlogits = token_logprobs_bwd(
-            project(rows[part], weight, bias),
+            project(rows[part], weight, bias) if kept is None else kept[part],
             tokens.reshape(-1)[part],
             _rows(mask, part),
             lse.reshape(-1)[part],

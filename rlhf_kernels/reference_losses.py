@@ -332,7 +332,7 @@ def linear_rrhf_loss_fwd(
     broken = split_groups("linear_rrhf_loss", prompts, group_size)
     limits = (memory_budget, None)
     valid = mask & (tokens >= 0)
-    logprobs, entropy, lse, _ = linear_logprobs_fwd(
+    logprobs, entropy, lse, *_ = linear_logprobs_fwd(
         hidden, weight, tokens, mask, bias, temperature, None, False, False, *limits
     )
     loss, stats, dlogprobs = rrhf_loss_fwd(

@@ -91,10 +91,13 @@ std::vector<int64_t> Head::chunks(int64_t rows, std::optional<int64_t> memory_bu
   return starts;
 }
 
-at::Tensor Head::logits(const at::Tensor& hidden) {
-  const int64_t n = hidden.size(0);
-  if (!buffer_.defined() || buffer_.size(0) < n) buffer_ = at::empty({n, vocabulary}, weight.options().dtype(type));
-  at::Tensor out = buffer_.narrow(0, 0, n);
+at::Tensor Head::buffer(int64_t rows) {
+  if (!buffer_.defined() || buffer_.size(0) < rows) buffer_ = at::empty({rows, vocabulary}, weight.options().dtype(type));
+  return buffer_.narrow(0, 0, rows);
+}
+
+at::Tensor Head::logits(const at::Tensor& hidden, const at::Tensor& given) {
+  at::Tensor out = given.defined() ? given : buffer(hidden.size(0));
   if (bf16) {
     bf16_logits(hidden, weight, bias_, out);
   } else if (bias_) {

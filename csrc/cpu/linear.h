@@ -44,17 +44,19 @@ class Head {
 
   int64_t rows_that_fit(std::optional<int64_t> memory_budget) const;
 
-  at::Tensor logits(const at::Tensor& hidden);
+  // Of the rows `hidden`, in the buffer or in a tensor that is given.
+  at::Tensor logits(const at::Tensor& hidden, const at::Tensor& given = {});
+  at::Tensor buffer(int64_t rows);
   at::Tensor gradient(const at::Tensor& logits) const;
 
-  // Writes one row's gradient over its logits.
+  // Writes one row's gradient, over its logits or into a row of the buffer.
   template <typename T>
-  void write_gradient(T* row, int64_t token, const TokenStats<T>& stats, const TokenGrads<T>& upstream,
-                      const Scaling<T>& scaling) const {
+  void write_gradient(const T* logits, int64_t token, const TokenStats<T>& stats, const TokenGrads<T>& upstream,
+                      const Scaling<T>& scaling, T* row) const {
     if (bf16) {
-      token_gradient(row, vocabulary, token, stats, upstream, scaling, reinterpret_cast<c10::BFloat16*>(row));
+      token_gradient(logits, vocabulary, token, stats, upstream, scaling, reinterpret_cast<c10::BFloat16*>(row));
     } else {
-      token_gradient(row, vocabulary, token, stats, upstream, scaling, row);
+      token_gradient(logits, vocabulary, token, stats, upstream, scaling, row);
     }
   }
 

@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_pp
         const TokenGrads<scalar_t> upstream{static_cast<scalar_t>(g / total),
                                             static_cast<scalar_t>(-entropy_coef / total)};
         kept[i] = !upstream.zero();
-        if (kept[i]) head.write_gradient(row, token[k], stats, upstream, scaling);
+        if (kept[i]) head.write_gradient(row, token[k], stats, upstream, scaling, row);
       });
       if (with_grad) grads.add(start, head.gradient(logits), &kept);
     }

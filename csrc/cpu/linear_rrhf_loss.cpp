@@ -74,8 +74,8 @@ Result linear_rrhf_loss_fwd_cpu(const at::Tensor& hidden, const at::Tensor& weig
   Head head(weight, bias);
   const auto starts = cuts(live, head.rows_that_fit(memory_budget), group_size);
   if (starts.empty() || !with_grad) {
-    const auto [logprobs, entropy, lse, unit] = linear_logprobs_fwd_cpu(
-        hidden, weight, tokens, mask, bias, temperature, std::nullopt, false, false, memory_budget, std::nullopt);
+    const auto [logprobs, entropy, lse, unit, logits] = linear_logprobs_fwd_cpu(
+        hidden, weight, tokens, mask, bias, temperature, std::nullopt, false, false, memory_budget, std::nullopt, false);
     const auto [loss, stats, dlogprobs] = rrhf_loss(logprobs, scores, prompts, valid, coefs, with_grad);
     if (!with_grad) {
       return std::tuple_cat(std::make_tuple(loss, stats),
@@ -84,7 +84,7 @@ Result linear_rrhf_loss_fwd_cpu(const at::Tensor& hidden, const at::Tensor& weig
     return std::tuple_cat(
         std::make_tuple(loss, stats),
         linear_logprobs_bwd_cpu(hidden, weight, tokens, mask, bias, lse, entropy, dlogprobs, std::nullopt, temperature,
-                                std::nullopt, needs, memory_budget, std::nullopt));
+                                std::nullopt, needs, memory_budget, std::nullopt, std::nullopt));
   }
   const int64_t columns = live.shape[1], group = group_size.value_or(live.shape[0]);
   const at::Tensor logprobs = at::zeros({live.count()}, hidden.options().dtype(head.type));
@@ -119,7 +119,7 @@ Result linear_rrhf_loss_fwd_cpu(const at::Tensor& hidden, const at::Tensor& weig
       head.for_rows<scalar_t>(logits, [&](int64_t i, scalar_t* row) {
         const TokenGrads<scalar_t> upstream{d[place[start + i] - first * columns] * share, 0};
         kept[i] = !upstream.zero();
-        if (kept[i]) head.write_gradient(row, token[start + i], rows[i], upstream, scaling);
+        if (kept[i]) head.write_gradient(row, token[start + i], rows[i], upstream, scaling, row);
       });
       grads.add(start, head.gradient(logits), &kept);
     }

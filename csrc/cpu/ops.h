@@ -21,16 +21,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ppo_loss_fwd_cpu(
     const std::optional<at::Tensor>& normalizer, double cliprange, double cliprange_high,
     std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, bool with_grad);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_fwd_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprobs_fwd_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& bias, double temperature, std::optional<double> softcap, bool with_entropy,
-    bool with_unit, std::optional<int64_t> memory_budget, std::optional<int64_t> max_tokens);
+    bool with_unit, std::optional<int64_t> memory_budget, std::optional<int64_t> max_tokens, bool keep_logits);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_bwd_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& bias, const at::Tensor& lse, const at::Tensor& entropy,
     const std::optional<at::Tensor>& grad_logprobs, const std::optional<at::Tensor>& grad_entropy, double temperature,
     std::optional<double> softcap, std::array<bool, 3> needs, std::optional<int64_t> memory_budget,
-    std::optional<int64_t> max_tokens);
+    std::optional<int64_t> max_tokens, const std::optional<at::Tensor>& kept_logits);
 
 }  // namespace rlhf_kernels

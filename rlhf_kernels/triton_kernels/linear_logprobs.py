@@ -139,6 +139,9 @@ class Chunk:
         logits = product(hidden, self.weight.T, self.buffer[: hidden.shape[0]])
         return logits if self.bias is None else logits.add_(self.bias)
 
+    def copy(self, logits: Tensor) -> Tensor:
+        return self.buffer[: logits.shape[0]].copy_(logits)
+
     def gradient(self, logits: Tensor) -> Tensor:
         """[n, V] over the memory of the logits; rows of a narrower dtype keep their distance."""
         return logits.view(self.dtype)[:, : logits.shape[1]]
@@ -193,15 +196,19 @@ def fwd(
     with_unit: bool,
     memory_budget: int | None,
     max_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep_logits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_range("token_logprobs", tokens, valid_tokens(tokens, mask), weight.shape[0])
     live = LiveRows.of("linear_logprobs", hidden, tokens, mask, max_tokens)
     chunks = live.chunks(weight.shape[0], memory_budget)
     outputs = hidden.new_empty(3, len(live.places), dtype=compute_dtype(hidden))
     unit = torch.zeros(hidden.shape if with_unit else 0, dtype=hidden.dtype, device=hidden.device)
     chunk = Chunk(weight, bias, chunks[0].stop if chunks else 0)
+    kept = outputs.new_zeros((tokens.numel(), weight.shape[0]) if keep_logits else 0)
     for part in chunks:
         logits, chosen = chunk.logits(live.hidden[part]), live.tokens[part]
+        if keep_logits:
+            kept[part] = logits
         if with_unit:
             dlogits = chunk.gradient(logits)
             launch_rows(
@@ -221,6 +228,7 @@ def fwd(
         live.scatter(entropy) if with_entropy else entropy.new_empty(0),
         live.scatter(lse),
         unit,
+        kept,
     )
 
 
@@ -309,6 +317,7 @@ def bwd(
     needs: list[bool],
     memory_budget: int | None,
     max_tokens: int | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     live = LiveRows.of("linear_logprobs", hidden, tokens, mask, max_tokens)
     chunks = live.chunks(weight.shape[0], memory_budget)
@@ -318,7 +327,7 @@ def bwd(
     entropies = None if grad_entropy is None else live.gather(entropy)
     upstream = [None if grad is None else live.gather(grad) for grad in (grad_logprobs, grad_entropy)]
     for part in chunks:
-        logits = chunk.logits(live.hidden[part])
+        logits = chunk.logits(live.hidden[part]) if kept is None else chunk.copy(kept[part])
         dlogits = chunk.gradient(logits)
         entropy_, g, g_entropy = (None if x is None else x[part] for x in (entropies, *upstream))
         launch_gradient(logits, live.tokens[part], temperature, softcap, totals[part], entropy_, g, g_entropy, dlogits)

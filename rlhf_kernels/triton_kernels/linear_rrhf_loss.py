@@ -47,7 +47,7 @@ def fwd(
     coefs = (rank_coef, sft_coef, length_power)
     if not ranges or not any(needs):
         # No cut between prompts fits the budget (or no gradient is wanted): the logits are made a second time.
-        logprobs, _, lse, _ = linear_logprobs.fwd(
+        logprobs, _, lse, *_ = linear_logprobs.fwd(
             hidden, weight, tokens, mask, bias, temperature, None, False, False, memory_budget, None
         )
         loss, stats, dlogprobs = rrhf_loss.fwd(logprobs, scores, prompts, valid, *coefs, any(needs))
