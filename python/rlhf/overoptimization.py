@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 STOP_ON_GOLD = (
     "stop where gold's 95 % interval lay below its highest mean for this many evaluations in a row; the policy of the "
-    "highest is kept in best/"
+    "highest is kept in best/, unless that is the start"
 )
+FITTED = 5
+"""Evaluations that a fit of three numbers wants."""
 INTERVAL = 1.96
 """Standard errors from the mean to the end of a 95 % interval."""
 
@@ -110,12 +112,14 @@ def watch_gold(run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def overoptimization(folder: Path) -> dict[str, Any]:
-    """For a run's summary: the fit of the RL form to its evaluations; nothing where they do not determine one."""
+    """For a run's summary: the fit of the RL form to its evaluations; nothing for fewer than FITTED of them."""
     lines = read_lines(folder / "metrics.jsonl")
     points = [
         (math.sqrt(max(line["eval/kl"], 0.0)), line["eval/gold"])
         for line in lines
         if line.get("eval/gold") is not None and line.get("eval/kl") is not None
     ]
+    if len(points) < FITTED:
+        return {}
     found = fit([distance for distance, _ in points], [gold for _, gold in points], "rl")
     return {"overoptimization": {**asdict(found), "peak": found.peak}} if found else {}

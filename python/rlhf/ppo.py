@@ -103,7 +103,7 @@ def train(config: PpoConfig, stage: str, refresh: Refresh | None = None) -> Path
             if config.score_norm == "bias-only":
                 models.normalizer.fit(demonstration_scores(models, task, config))
             run.log(0, evaluator.metrics(models.policy, models.tokenizer, run))
-        for step in guard.steps(f"ppo {config.reward_shaping}"):
+        for step in guard.steps(f"{stage} {config.reward_shaping}"):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(
                     step - 1, config.steps, warmup=config.warmup, kind=config.lr_scheduler

@@ -103,7 +103,9 @@ def over_optimisation(page: Page, groups: Sequence[Group]) -> None:
         return page.missing("No run logged eval/gold together with a KL, so the figure is left out.")
     baseline = sft_baseline(groups)
     start = baseline.measured("gold") if baseline else None
-    fitted = [(line, found) for form, line in fits if (found := fit(line.x, line.y, form)) is not None]
+    # Three points are met exactly by the three numbers of a fit, and say nothing of the form.
+    enough = [(form, line) for form, line in fits if len(line.x) > 3]
+    fitted = [(line, found) for form, line in enough if (found := fit(line.x, line.y, form)) is not None]
     for line, found in fitted:
         peak = f", highest at √KL {found.peak:.2f}" if found.peak else ""
         page.add(
