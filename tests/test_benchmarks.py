@@ -205,6 +205,9 @@ def test_a_peer_may_round_what_ours_may_not():
         got = exact + off * torch.tensor([0.0, 0.0, 1.0])
         peer = harness.Provider("peer", lambda x, got=got: got.bfloat16())
         assert harness.fault(peer, [x], [], [exact]) == wrong
+    for off, wrong in ((0.06, ""), (0.065, "wrong: result 0 is off in 2 of 6 places")):
+        peer = harness.Provider("peer", lambda x, off=off: exact + off * torch.eye(3)[2])
+        assert harness.fault(peer, [x], [], [exact], relative=0.0078) == wrong
     ours = harness.Provider("ours torch", lambda x: (exact + 7e-3 * torch.eye(3)[2]).bfloat16(), "torch")
     assert harness.fault(ours, [x], [], [exact]) == "wrong: result 0 is off in 2 of 6 places"
 
