@@ -193,8 +193,10 @@ def products(given, wrt, op=rk.linear_logprobs, **scalars):
 @pytest.mark.parametrize("backend", ("native", "triton"))
 @pytest.mark.parametrize("budget", (None, 8 * 64 * 12), ids=("whole", "chunks"))
 def test_number_of_products(backend, budget):
-    """4 for everything; with a frozen head 2, all in the forward pass; an entropy needs the logits in the backward pass,
-    where they are not made again if a CPU has kept them."""
+    """4 for everything; with a frozen head 2, all in the forward pass; an entropy needs the logits once more.
+
+    They are not made again if a CPU has kept them.
+    """
     given = inputs((6, 6), 8, 64, bias=False)
     with oracle.on_backend(backend, *OPS):
         scalars, again = {"memory_budget": budget}, 0 if budget is None and oracle.DEVICE == "cpu" else 1
