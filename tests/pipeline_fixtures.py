@@ -1,5 +1,6 @@
 """Fixtures of the pipeline's tests: untrained tiny models on disk, made once a session."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -32,3 +33,31 @@ def start(tmp_path_factory):
 def other_start(tmp_path_factory):
     """The same with another tokenizer."""
     return save_start(tmp_path_factory.mktemp("other"), ["one two three four five six seven"] * 4)
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """A folder with data and two models of a few thousand parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf.model import load_reward_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("mini")
+    words = ("red", "green", "blue", "white", "black")
+    rows = [
+        {"prompt": f"the {a} car and", "responses": [f" the {b} house .", f" {a} {b} .", " no"], "scores": [2, 1, 0]}
+        for a in words
+        for b in words
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer([row["prompt"] + response for row in rows for response in row["responses"]])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **special))
+    model.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    reward_model, _ = load_reward_model(str(folder / "policy"))
+    reward_model.save_pretrained(folder / "rm")
+    tokenizer.save_pretrained(folder / "rm")
+    return folder

@@ -228,8 +228,8 @@ def check_ratio_is_one(log_ratio: Tensor, mask: Tensor, dtype: torch.dtype) -> N
     if not largest < tolerance:
         raise UserError(
             f"the ratio of the first minibatch must be 1 to {tolerance:g}, got a log-ratio of {largest:.2g}: the "
-            "policy that is trained does not give the log-probabilities of the one that sampled (dropout, another "
-            "dtype, padding or temperature)"
+            "policy that is trained does not give the log-probabilities of the one that sampled; rlhf/RATIO.md has the "
+            "usual causes (dropout, another dtype, padding, temperature) and how to tell them apart"
         )
 
 

@@ -189,7 +189,7 @@ class Run:
 
     def save_model(self, model: Any, tokenizer: Any, name: str = "model") -> Path:
         """Write `<out>/<name>` with save_pretrained; what was there stays whole until the new folder is complete."""
-        with new_folder(self.folder / name) as folder:
+        with new_folder(self.folder / name) as folder, _shown(self.folder / name):
             _save_pretrained(folder, model, tokenizer)
             metrics = self.folder / "metrics.jsonl"
             write_card(folder, self._info, read_lines(metrics) if metrics.exists() else [], name)
@@ -202,7 +202,7 @@ class Run:
         Then older checkpoints go, down to the config's `save_total_limit` (2 where it has none; None keeps all).
         """
         target = self.folder / "checkpoints" / f"step-{step:06d}"
-        with new_folder(target) as folder:
+        with new_folder(target) as folder, _shown(target):
             for name, (model, tokenizer) in models.items():
                 _save_pretrained(folder / name, model, tokenizer)
             write_state(folder, {"step": step, "seconds": self._seconds(), "state": state})
@@ -377,6 +377,17 @@ def _number(name: str, value: Any) -> float | None:
     if not isinstance(value, int | float):
         raise TypeError(f"log: {name} must be a number or a one-element tensor, got {type(value).__name__}")
     return value if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _shown(target: Path) -> Iterator[None]:
+    """A full disk is an OSError here, also where safetensors finds it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{target} could not be written, what was there before is as it was: {error}") from error
 
 
 def _save_pretrained(folder: Path, model: Any, tokenizer: Any) -> None:
