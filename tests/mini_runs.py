@@ -18,12 +18,21 @@ STAGES = {
     "rrhf": {**SMALL, **SAMPLED, "--init": "policy", "--rm": "rm", "--num-prompts": 8, "--rounds": 2, "--epochs": 2},
     "best-of-n": {**SMALL, **SAMPLED, "--init": "policy", "--rm": "rm", "--num-prompts": 12, "--n": 2},
     "rft": {**SMALL, **SAMPLED, "--init": "policy", "--rm": "rm", "--num-prompts": 6, "--rounds": 2},
+    "token-feedback": {
+        **SMALL,
+        **SAMPLED,
+        "--feedback": "marked.jsonl",
+        "--init": "policy",
+        "--loss": "ppo",
+        "--max-steps": 6,
+        "--epochs": 2,
+    },
     "dpo": {**SMALL, **SAMPLED, "--init": "policy", "--rm": "rm", "--pairs": "sampled", "--num-prompts": 6},
 }
 
 
 def command(folder, stage, out, *more):
     flags = {"--data": "rows.jsonl", **STAGES[stage]}
-    for name in {"--data", "--model", "--init", "--rm"} & set(flags):
+    for name in {"--data", "--feedback", "--model", "--init", "--rm"} & set(flags):
         flags[name] = folder / str(flags[name])
     return [stage, "--out", str(out), *(str(word) for pair in flags.items() for word in pair), *more]

@@ -49,7 +49,10 @@ def mini(tmp_path_factory):
         for a in words
         for b in words
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spans = [{"start": 0, "end": 4, "label": "good"}, {"start": 5, "end": 8, "label": "bad"}]
+    marked = [{"prompt": row["prompt"], "response": row["responses"][0], "spans": spans} for row in rows[:16]]
+    for name, written in (("rows.jsonl", rows), ("marked.jsonl", marked)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in written))
     tokenizer = train_tokenizer([row["prompt"] + response for row in rows for response in row["responses"]])
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -17,6 +17,7 @@ STAGES = {
     "sft": "supervised fine-tuning on demonstrations",
     "rm": "reward-model training on rankings or scores",
     "ppo": "PPO on the scores of a reward model or a reward function",
+    "online": "PPO with a reward model that is refreshed on newly labelled samples",
     "rrhf": "RRHF, ranking of scored candidates",
     "best-of-n": "supervised fine-tuning on the best of n samples",
     "rft": "rejection-sampling fine-tuning",
