@@ -4,6 +4,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <memory>
+#include <vector>
 
 #include "simd.h"
 
@@ -58,10 +59,30 @@ const at::BFloat16* pairs_of(const std::unique_ptr<uint32_t[]>& packed, int64_t 
   return reinterpret_cast<const at::BFloat16*>(packed.get() + offset);
 }
 
+// AVX-512 has instructions for such products too (five times the speed of fp32), but then torch does not pack for them:
+// one small product is tried.
+bool has_avx512_products() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  const std::vector<at::BFloat16> ones(32 * 32, at::BFloat16(1.0f));
+  std::vector<float> sums(32 * 32);
+  try {
+    brgemm(32, 32, 32, 32, 32, 32, false, ones.data(), ones.data(), sums.data());
+    at::native::cpublas::brgemm_release();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return sums.front() == 32 && sums.back() == 32;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 bool has_bf16_products(int64_t width) {
-  return width % 2 == 0 && width > 0 && at::native::cpublas::could_pack(at::kBFloat16);
+  static const bool there = at::native::cpublas::could_pack(at::kBFloat16) || has_avx512_products();
+  return width % 2 == 0 && width > 0 && there;
 }
 
 void bf16_logits(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

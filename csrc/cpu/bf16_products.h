@@ -1,5 +1,5 @@
 // Products of bf16 matrices with an fp32 result, which at::mm does not have on a CPU: a logit rounded to bf16 is off by
-// 0.03 nats. Tiles go through the oneDNN kernels that torch exports (AMX or AVX-512), packed here.
+// 0.03 nats. Tiles go through the oneDNN kernels that torch exports (AMX, or AVX-512 with bf16), packed here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
