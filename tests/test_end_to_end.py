@@ -38,17 +38,17 @@ def test_the_task_is_what_it_says(task):
     prompts = [json.loads(line)["prompt"] for line in (task / "prompts.jsonl").read_text().splitlines()]
     assert {len(prompt.split()) for prompt in prompts} == set(range(8, 17)) and len(prompts) == 1024
     assert not {*prompts} & {*json.loads((task / "heldout.json").read_text())}
-    tokens, target = end_to_end_task.random_texts(200, 48)
-    assert tokens.min() >= 2 and tokens.max() < 4096
-    torch.testing.assert_close(target, 8 * (tokens % 2 == 0).float().mean(1) - 4)
-    assert target.min() < -3.5 and target.max() > 3.5
 
 
 def test_the_reward_model_learns_the_rule():
     torch.manual_seed(0)
-    _, model = end_to_end_task.models(32, 8)
-    model.transformer.wte.weight.data[2::2, 0] += 1.0  # as if it had seen every word before
-    assert end_to_end_task.train_reward_model(model, 8, 40) > 0.9
+    policy, model = end_to_end_task.models(32, 8)
+    good = end_to_end_task.good_words(policy)
+    assert good.sum() == 2047 and not good[:2].any()
+    tokens, target = end_to_end_task.random_texts(good, 200, 8)
+    torch.testing.assert_close(target, 8 * good[tokens].float().mean(1) - 4)
+    assert tokens.min() >= 2 and target.min() < -3.5 and target.max() > 3.5
+    assert end_to_end_task.train_reward_model(model, good, (6, 8), 40) > 0.5
 
 
 def test_trl_is_timed_by_phase(monkeypatch):
