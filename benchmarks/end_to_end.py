@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "num_ppo_epochs": 4,
     "response_length": 32,
     "temperature": 1.0,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-4,
     "adam_eps": 1e-5,
     "kl_coef": 0.05,
     "cliprange": 0.2,
