@@ -89,10 +89,11 @@ def compare(pythons: dict[str, str], settings: dict[str, Any], seeds: int, folde
             out.mkdir()
             given = json.dumps(settings | {"seed": seed})
             command = [pythons[side], "-m", module, str(folder / "task"), given, str(out)]
-            with (out / "log").open("w") as log:
+            output = out.with_suffix(".log")
+            with output.open("w") as log:
                 done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment(side))
             if done.returncode:
-                raise SystemExit(f"{side} failed:\n{(out / 'log').read_text()[-3000:]}")
+                raise SystemExit(f"{side} failed:\n{output.read_text()[-3000:]}")
             run = json.loads((out / "result.json").read_text()) | {"seed": seed}
             results["sides"][side]["runs"].append(run | {"heldout": heldout(folder / "task", out, settings)})
             seconds = statistics.median(row["seconds"]["total"] for row in run["iterations"])
