@@ -1,7 +1,7 @@
 """Our side of the end-to-end comparison: `rlhf ppo` on the given models, timed by phase."""
 
 import json
-import resource
+import re
 import sys
 import time
 from pathlib import Path
@@ -71,7 +71,8 @@ def main(task: Path, settings: dict[str, Any], out: Path) -> None:
 
     Run.log = timed_log
     ppo.main(config)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: that one remembers the memory of the process that started this one.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     (out / "result.json").write_text(json.dumps({"iterations": rows, "peak_rss_mib": peak}))
 
 

@@ -1,7 +1,7 @@
 """TRL's side: its PPOTrainer on the given models, timed by phase; runs in TRL's own environment."""
 
 import json
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -115,7 +115,8 @@ def main(task: Path, settings: dict[str, Any], out: Path) -> None:
     )
     clock.iteration()
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: that one remembers the memory of the process that started this one.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     policy.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     (out / "result.json").write_text(json.dumps({"iterations": rows, "peak_rss_mib": peak}))
