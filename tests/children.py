@@ -39,6 +39,7 @@ def run(argv: list[str], log: str, kill_at: int | None = None, interrupt_at: int
     kill_at: SIGKILL before this call of fsync, rename, replace or rmtree, from 0. interrupt_at: Ctrl-C in this step.
     Writes the number of such calls to `log`.calls where it ends by itself.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     torch.set_num_threads(1)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

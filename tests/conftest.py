@@ -5,6 +5,7 @@ RLHF_TEST_DEVICE=cuda makes the tensors of the tests on a GPU, where Triton's ke
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,9 @@ if library := os.environ.get("RLHF_TEST_EXTENSION"):  # another build of the ext
 from oracle import BACKENDS, on_backend
 
 pytest_plugins = ["pipeline_fixtures"]
+
+# A shell that runs the tests in its background has Ctrl-C ignored in all that it starts; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A kernel that leaves part of an output unwritten then shows NaN, not yesterday's right answer. C++'s at::empty too.
 torch.use_deterministic_algorithms(True, warn_only=True)
