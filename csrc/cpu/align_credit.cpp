@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "common.h"
@@ -28,11 +29,22 @@ int64_t home_of(const Span* policy, int64_t count) {
   return last;
 }
 
+// The tokens of a policy up to the last that is none of padding, if they stand in the order of the text; −1 if they do
+// not, as after a shuffle or with padding on the left.
+int64_t in_order(const Span* policy, int64_t count) {
+  while (count > 0 && policy[count - 1].end < 0) --count;
+  for (int64_t p = 0; p < count; ++p) {
+    if (policy[p].end < 0) return -1;
+    if (p > 0 && (policy[p].start < policy[p - 1].start || policy[p].end < policy[p - 1].end)) return -1;
+  }
+  return count;
+}
+
 template <typename scalar_t, typename T>
 void align_row(const scalar_t* credit, const Span* tokens, int64_t count, const Span* policy, int64_t policy_count,
                std::vector<double>& sums, T* out) {
   std::fill(sums.begin(), sums.end(), 0.0);
-  const int64_t home = home_of(policy, policy_count);
+  const int64_t home = home_of(policy, policy_count), ordered = in_order(policy, policy_count);
   for (int64_t r = 0; r < count; ++r) {
     const auto [start, end] = tokens[r];
     if (end < 0) continue;
@@ -46,13 +58,21 @@ void align_row(const scalar_t* credit, const Span* tokens, int64_t count, const 
       const int64_t common = std::min(end, policy[p].end) - std::max(start, policy[p].start);
       return policy[p].end < 0 ? 0 : std::max<int64_t>(common, 0);
     };
+    // In order, the tokens that share bytes with this one are neighbours.
+    int64_t first = 0, last = policy_count;
+    if (ordered >= 0) {
+      const auto ends_before = [&](const Span& span) { return span.end <= start; };
+      const auto begins_before = [&](const Span& span) { return span.start < end; };
+      first = std::partition_point(policy, policy + ordered, ends_before) - policy;
+      last = std::partition_point(policy + first, policy + ordered, begins_before) - policy;
+    }
     int64_t covered = 0;
-    for (int64_t p = 0; p < policy_count; ++p) covered += overlap(p);
+    for (int64_t p = first; p < last; ++p) covered += overlap(p);
     if (covered == 0) {
       if (home >= 0) sums[home] += share;
       continue;
     }
-    for (int64_t p = 0; p < policy_count; ++p) {
+    for (int64_t p = first; p < last; ++p) {
       if (const int64_t common = overlap(p)) sums[p] += share * static_cast<double>(common) / static_cast<double>(covered);
     }
   }
