@@ -118,3 +118,12 @@ def test_sum_is_kept(backend_name, text, rm_tokens, policy_tokens, end_of_sequen
     there = rk.align_credit(credit, rm, policy)
     close(there.sum(), credit.sum(), rtol=1e-12)
     close(rk.align_credit(credit, rm, rm), credit, rtol=1e-12)  # the same tokens: unchanged
+
+
+def test_the_order_of_the_policys_tokens_does_not_matter(backend_name):
+    """Spans in the order of the text are found by their place, others one by one."""
+    rm, policy = tokenisation(40, 9, prompt=3), tokenisation(40, 12)
+    credit = torch.randn(1, len(rm))
+    expected = rk.align_credit(credit, spans(rm), spans(policy))
+    order = torch.randperm(len(policy)).tolist()
+    close(rk.align_credit(credit, spans(rm), spans([policy[i] for i in order])), expected[:, order])

@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "rows.h"
 
 namespace rlhf_kernels {
@@ -17,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> gae_cpu(const at::Tensor& rewards, const at::
   check_same_shape("gae", "mask", mask, rewards.sizes());
   const auto type = compute_type(rewards);
   const at::Tensor r = rewards.to(type).contiguous(), v = values.to(type).contiguous(), keep = mask.contiguous();
-  at::Tensor advantages = empty_large(r.sizes(), r.options()), returns = empty_large(r.sizes(), r.options());
+  at::Tensor advantages = at::empty_like(r), returns = at::empty_like(r);
   const int64_t batch = r.size(0), length = r.size(1);
   AT_DISPATCH_FLOATING_TYPES(type, "gae", [&] {
     const auto *rp = r.const_data_ptr<scalar_t>(), *vp = v.const_data_ptr<scalar_t>();

@@ -1,4 +1,5 @@
-// Memory for large results: fresh pages cost more than the arithmetic that fills them, and huge ones cost less.
+// Memory for gradients of logits: fresh pages cost more than the arithmetic that fills them, and huge ones cost less.
+// Not for the buffers of matrix products, which were slower for it where the kernel had to move memory together first.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -9,7 +9,6 @@
 #include <ATen/ops/zeros.h>
 
 #include "bf16_products.h"
-#include "huge_pages.h"
 
 namespace rlhf_kernels {
 namespace {
@@ -93,7 +92,7 @@ std::vector<int64_t> Head::chunks(int64_t rows, std::optional<int64_t> memory_bu
 }
 
 at::Tensor Head::buffer(int64_t rows) {
-  if (!buffer_.defined() || buffer_.size(0) < rows) buffer_ = empty_large({rows, vocabulary}, weight.options().dtype(type));
+  if (!buffer_.defined() || buffer_.size(0) < rows) buffer_ = at::empty({rows, vocabulary}, weight.options().dtype(type));
   return buffer_.narrow(0, 0, rows);
 }
 
@@ -117,7 +116,7 @@ LinearGrads::LinearGrads(const LiveRows& live, const Head& head, const at::Tenso
                          const std::optional<at::Tensor>& bias, std::array<bool, 3> needs, bool one_chunk)
     : live_(live), head_(head), needs_(needs), weight_type_(weight.scalar_type()) {
   const auto empty = [](bool needed, at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return empty_large(needed ? sizes : at::IntArrayRef{0}, options);
+    return at::empty(needed ? sizes : at::IntArrayRef{0}, options);
   };
   bias_type_ = bias ? bias->scalar_type() : hidden.scalar_type();
   dhidden_ = empty(needs[0], hidden.sizes(), hidden.options()).zero_();

@@ -3,7 +3,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "huge_pages.h"
 #include "linear.h"
 #include "ops.h"
 
@@ -19,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
   LinearGrads units(live, head, hidden, weight, bias, {with_unit, false, false}, starts.size() == 2);
   const at::Tensor rows = at::empty({3, live.count()}, hidden.options().dtype(head.type));
   const std::vector<int64_t> all{tokens.numel(), head.vocabulary};
-  const at::Tensor kept = empty_large(keep_logits ? at::IntArrayRef(all) : at::IntArrayRef{0}, rows.options());
+  const at::Tensor kept = at::empty(keep_logits ? at::IntArrayRef(all) : at::IntArrayRef{0}, rows.options());
   if (keep_logits) kept.narrow(0, live.count(), tokens.numel() - live.count()).zero_();
   AT_DISPATCH_FLOATING_TYPES(head.type, "linear_logprobs_fwd", [&] {
     const auto scaling = scaling_of<scalar_t>(temperature, softcap);

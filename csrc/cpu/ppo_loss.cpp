@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "ops.h"
 #include "rows.h"
 #include "simd.h"
@@ -189,8 +188,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> ppo_loss_fwd_cpu(
   check_same_shape("ppo_loss", "mask", mask, logprobs.sizes());
   const at::Tensor keep = mask.contiguous();
   at::Tensor loss = at::empty({}, lp.options()), stats = at::empty({10}, lp.options());
-  at::Tensor dlogprobs = with_grad ? empty_large(lp.sizes(), lp.options()) : at::empty({0}, logprobs.options());
-  at::Tensor dvalues = with_grad ? empty_large(v.sizes(), v.options()) : at::empty({0}, values.options());
+  at::Tensor dlogprobs = with_grad ? at::empty_like(lp) : at::empty({0}, logprobs.options());
+  at::Tensor dvalues = with_grad ? at::empty_like(v) : at::empty({0}, values.options());
   const int64_t count = lp.numel();
   AT_DISPATCH_FLOATING_TYPES(type, "ppo_loss_fwd", [&] {
     const Inputs<scalar_t> in{lp.const_data_ptr<scalar_t>(),    old.const_data_ptr<scalar_t>(),

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "ops.h"
 #include "rows.h"
 #include "simd.h"
@@ -67,8 +66,7 @@ std::tuple<at::Tensor, at::Tensor> token_rewards_cpu(const at::Tensor& scores, c
                                                      double kl_coef, double beta, std::string_view estimator_name) {
   const RewardInputs in("token_rewards", scores, logprobs, ref_logprobs, attention, mask);
   const auto estimator = kl_estimator("token_rewards", estimator_name);
-  const auto empty = [&] { return empty_large(in.logprobs.sizes(), in.logprobs.options()); };
-  at::Tensor rewards = empty(), kl = empty();
+  at::Tensor rewards = at::empty_like(in.logprobs), kl = at::empty_like(in.logprobs);
   AT_DISPATCH_FLOATING_TYPES(in.type, "token_rewards", [&] {
     auto *rp = rewards.mutable_data_ptr<scalar_t>(), *kp = kl.mutable_data_ptr<scalar_t>();
     const auto* mp = in.mask.const_data_ptr<bool>();
@@ -107,8 +105,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rollout_advantages_cp
   const auto estimator = kl_estimator("rollout_advantages", estimator_name);
   const at::Tensor v = values.to(in.type).contiguous();
   check_same_shape("rollout_advantages", "values", v, in.logprobs.sizes());
-  const auto empty = [&] { return empty_large(v.sizes(), v.options()); };
-  at::Tensor advantages = empty(), returns = empty(), rewards = empty(), kl = empty();
+  at::Tensor advantages = at::empty_like(v), returns = at::empty_like(v);
+  at::Tensor rewards = at::empty_like(v), kl = at::empty_like(v);
   std::vector<Moments> moments(whiten ? in.batch : 0);
   AT_DISPATCH_FLOATING_TYPES(in.type, "rollout_advantages", [&] {
     auto *ap = advantages.mutable_data_ptr<scalar_t>(), *gp = returns.mutable_data_ptr<scalar_t>();
