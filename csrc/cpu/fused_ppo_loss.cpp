@@ -14,7 +14,6 @@
 #include <optional>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "ops.h"
 #include "softmax_rows.h"
 
@@ -111,7 +110,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_ppo_loss_fwd_cp
     std::string_view kl_estimator, bool whiten, double cliprange, double cliprange_high,
     std::optional<double> cliprange_value, double vf_coef, std::optional<double> dual_clip, double entropy_coef,
     bool with_grad) {
-  const at::Tensor dlogits = empty_large(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  const at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
   const auto [loss, stats, dvalues] =
       fused_ppo_loss(logits, tokens, scores, old_logprobs, ref_logprobs, attention, values, old_values, mask,
                      normalizer, temperature, softcap, kl_coef, beta, gamma, lam, kl_estimator, whiten, cliprange,

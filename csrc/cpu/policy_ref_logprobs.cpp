@@ -8,7 +8,6 @@
 #include <optional>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "pair_sums.h"
 
 namespace rlhf_kernels {
@@ -126,7 +125,7 @@ at::Tensor policy_ref_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tenso
                                        const at::Tensor& kl, const std::optional<at::Tensor>& grad_logprobs,
                                        const std::optional<at::Tensor>& grad_entropy,
                                        const std::optional<at::Tensor>& grad_kl, double temperature) {
-  at::Tensor dlogits = empty_large(logits.sizes(), logits.options());
+  at::Tensor dlogits = at::empty(logits.sizes(), logits.options());
   policy_ref_logprobs_bwd_out_cpu(logits, ref_logits, tokens, mask, lse, ref_lse, entropy, kl, grad_logprobs,
                                   grad_entropy, grad_kl, temperature, dlogits);
   return dlogits;

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "pair_sums.h"
 
 namespace rlhf_kernels {
@@ -152,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor> token_feedback_loss(const at::Tensor& logits,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_feedback_loss_fwd_cpu(
     const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& tokens, const at::Tensor& labels,
     double beta, std::string_view kind, bool with_grad) {
-  const at::Tensor dlogits = empty_large(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  const at::Tensor dlogits = at::empty(with_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
   const auto [loss, stats] = token_feedback_loss(logits, ref_logits, tokens, labels, beta, kind,
                                                  with_grad ? std::optional(dlogits) : std::nullopt);
   return {loss, stats, dlogits};

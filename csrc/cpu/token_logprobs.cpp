@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "common.h"
-#include "huge_pages.h"
 #include "softmax_rows.h"
 
 namespace rlhf_kernels {
@@ -120,7 +119,7 @@ at::Tensor token_logprobs_bwd_cpu(const at::Tensor& logits, const at::Tensor& to
                                   const at::Tensor& entropy, const std::optional<at::Tensor>& grad_logprobs,
                                   const std::optional<at::Tensor>& grad_entropy, double temperature,
                                   std::optional<double> softcap) {
-  at::Tensor dlogits = empty_large(logits.sizes(), logits.options());
+  at::Tensor dlogits = at::empty(logits.sizes(), logits.options());
   token_logprobs_bwd_out_cpu(logits, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap,
                              dlogits);
   return dlogits;
