@@ -17,8 +17,10 @@ from rlhf.data import (
     epoch_order,
     load_task,
     split,
+    task_of,
 )
 from rlhf.model import train_tokenizer
+from rlhf.sft import SftConfig
 
 
 def write_rows(path, *rows):
@@ -128,6 +130,15 @@ def test_split_is_disjoint_seeded_and_keeps_a_rest(count, fraction, held_out):
 
 def test_split_depends_on_the_seed():
     assert split(range(100), 0)[0] != split(range(100), 1)[0]
+
+
+def test_stages_with_other_seeds_hold_out_the_same():
+    first, second, third = (
+        task_of(SftConfig(out="o", data="reviews", seed=seed, data_seed=data_seed), None)
+        for seed, data_seed in ((0, 0), (5, 0), (5, 1))
+    )
+    assert first == second
+    assert first.eval_prompts != third.eval_prompts and first.demonstrations != third.demonstrations
 
 
 def test_epoch_order_is_a_function_of_seed_and_epoch():

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_a_run_is_measured_and_its_folder_goes(tmp_path, start, monkeypatch):
     small = {"steps": 2, "batch_size": 8, "num_ppo_epochs": 1, "response_length": 6, "eval_every": 0}
     arm = experiment.Arm("abc", "ppo", {"reward_shaping": "abc", "eval_samples": 8, "num_samples": 0, **small})
     where = experiment.Task("reviews", "reviews")
-    found = experiment.measured_run(arm, 3, where, (start.policy, start.reward_model), tmp_path)
+    found = experiment.measured_run(arm, 3, where, (Path(start.policy), Path(start.reward_model)), tmp_path)
     assert (found["task"], found["arm"], found["seed"]) == ("reviews", "abc", 3)
     assert [step for step, _ in found["series"]["objective/scores"]] == [1, 2]
     assert [step for step, _ in found["series"]["eval/gold"]] == [0, 2]

@@ -65,6 +65,20 @@ def test_labels_and_what_is_learned_from_them(whole, settings):
     assert 0 <= lines[5]["refresh/heldout_after"] <= 1
 
 
+def test_old_rankings_may_be_in_a_file_of_their_own(tmp_path, start, settings):
+    known = [
+        {"prompt": each.prompt, "responses": each.responses, "scores": each.scores}
+        for each in load_task("reviews", 0).rankings[:10]
+    ]
+    file = tmp_path / "known.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in known))
+    changes = {"gold": settings.gold, "steps": 3, "rm_mix": 100.0, "rm_data": str(file)}
+    folder = online.main(config(tmp_path / "run", start, **changes))
+    line = lines_of(folder)[-1]
+    # Its nine that are not held out, once each, however many are wanted.
+    assert line["refresh/rankings"] == line["label/rankings"] + 9
+
+
 def test_the_refreshed_model_is_saved_with_a_normalisation_of_its_own(whole, start):
     model, tokenizer = load_reward_model(str(whole / "reward"))
     before, _ = load_reward_model(start.reward_model)

@@ -46,8 +46,9 @@ class Task:
 class Arm:
     """One way to train.
 
-    stage: a module of rlhf with a `main`. changes: of its configuration's defaults. rankings: how many the reward model
-    was trained on, all unless given. data: (seed, folder) → --data, for an arm that has data of its own.
+    stage: a module of rlhf with a `main`. changes: of its configuration's defaults; "{rankings}" in one is the file of
+    what the reward model was trained on. rankings: how many that were, all of the task's unless given. data: (seed,
+    folder) → --data, for an arm that has data of its own.
     """
 
     name: str
@@ -88,9 +89,13 @@ def prepare(task: Task, folder: Path, rankings: int | None = None) -> tuple[Path
     if not (rm / "model").exists():
         shutil.rmtree(rm, ignore_errors=True)
         if rankings is not None:
-            data = str(write_rankings(folder / task.name / f"rankings-{rankings}.jsonl", task, rankings))
+            data = str(write_rankings(rankings_file(sft, rankings), task, rankings))
         _run_stage("rm", {"out": str(rm), "data": data, "seed": 0, "init": str(sft), **task.rm})
     return sft, rm
+
+
+def rankings_file(sft: Path, count: int | None) -> Path:
+    return sft.parent / f"rankings-{count}.jsonl"
 
 
 def write_rankings(file: Path, task: Task, count: int) -> Path:
@@ -106,11 +111,12 @@ def write_rankings(file: Path, task: Task, count: int) -> Path:
 def measured_run(arm: Arm, seed: int, task: Task, start: tuple[Path, Path], folder: Path) -> dict[str, Any]:
     """Train one arm with one seed; its curves and a final evaluation on held-out prompts. The run folder goes again."""
     sft, rm = start
+    rankings = rankings_file(sft, arm.rankings)
     out = folder / f"{task.name}-{arm.name}-{seed}".replace("/", "-").replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
     data = str(arm.data(seed, folder)) if arm.data else task.data
     changes = {
-        key: value.format(sft=sft, rm=rm) if isinstance(value, str) else value for key, value in arm.changes.items()
+        key: value.format(rankings=rankings) if isinstance(value, str) else value for key, value in arm.changes.items()
     }
     begin = time.monotonic()
     settings = {"init": str(sft), "rm": str(rm), "data": data, "seed": seed, "out": str(out), **changes}
@@ -146,7 +152,7 @@ def final(run: Path, seed: int, task: Task, start: tuple[Path, Path]) -> dict[st
     result = read_json(evaluation)
     means = {name: _short(result[name]["mean"]) for name in ("proxy", "gold", "kl") if name in result}
     means |= {name: _short(result[name]) for name in ("length", "eos_rate", "distinct_2")}
-    loaded = load_task(task.data, seed)
+    loaded = load_task(task.data, 0)
     policy, tokenizer = load_policy(str(run))
     ref, _ = load_policy(str(start[0]))
     torch.manual_seed(seed)
@@ -159,7 +165,7 @@ def final(run: Path, seed: int, task: Task, start: tuple[Path, Path]) -> dict[st
 
 def final_reward_model(run: Path, seed: int, task: Task, start: tuple[Path, Path]) -> dict[str, float]:
     """Of a reward model, on held-out texts: pairs in gold's order, Pearson's r with gold, gold of its best of 16."""
-    loaded = load_task(task.data, seed)
+    loaded = load_task(task.data, 0)
     assert loaded.gold is not None
     model, tokenizer = load_reward_model(str(run))
 

@@ -40,7 +40,7 @@ def write_labels(data: str, bias: str, seed: int, folder: Path) -> Path:
     rng = random.Random(seed)
     offsets = [rng.gauss(0, BIAS) if bias != "no bias" else 0.0 for _ in range(ANNOTATORS)]
     rows = []
-    for each in load_task(data, seed).rankings[:RANKINGS]:
+    for each in random.Random(seed).sample(load_task(data, 0).rankings, RANKINGS):
         whole = rng.randrange(ANNOTATORS)
         who = [rng.randrange(ANNOTATORS) if bias == BIASES[2] else whole for _ in each.responses]
         scores = [score + offsets[annotator] for score, annotator in zip(each.scores, who)]

@@ -22,6 +22,7 @@ def arms(task: Task) -> list[Arm]:
         "label_prompts": PROMPTS,
         "label_responses": RESPONSES,
         "rm_epochs": 4,
+        "rm_data": "{rankings}",
         "rm_mix": 2.0,
     }
     more = RANKINGS + REFRESHES * PROMPTS * RESPONSES // 4

@@ -84,6 +84,9 @@ DATA = '"reviews", a folder, a file or a hub name: gives '
 class DataConfig:
     """The flags by which a stage that reads data finds its way in it."""
 
+    data_seed: int = option(
+        0, "seed of the splits and of generated data: one in all stages, or what one holds out another trains on", low=0
+    )
     dataset_config: str | None = option(None, "configuration of a hub data set")
     prompt_key: str | None = option(None, "name of the prompt's column in your data; so for the flags that follow")
     response_key: str | None = option(None, "column of the response of a demonstration, or of one that was judged")

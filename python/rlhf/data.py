@@ -118,14 +118,15 @@ def load_task(
 def task_of(config: StageConfig, model: str | None) -> Task:
     """`load_task` with the flags of a stage. model: whose chat template renders messages, where it has one."""
     chat = Chat(model, trust_remote_code=config.trust_remote_code)
-    return load_task(config.data, config.seed, chat=chat, columns=config.columns, dataset_config=config.dataset_config)
+    seed, found = config.data_seed, config.dataset_config
+    return load_task(config.data, seed, chat=chat, columns=config.columns, dataset_config=found)
 
 
 class StageConfig(Protocol):
     @property
     def data(self) -> str: ...
     @property
-    def seed(self) -> int: ...
+    def data_seed(self) -> int: ...
     @property
     def columns(self) -> dict[str, str]: ...
     @property

@@ -56,7 +56,7 @@ class EvaluateConfig(DataConfig):
     response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
     temperature: float = option(1.0, "sampling temperature", above=0)
     micro_batch: int | None = option(None, "rows through a model at a time; all unless given", low=1)
-    seed: int = option(0, "seed of the sampling and of the data", low=0)
+    seed: int = option(0, "seed of the sampling", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     dtype: str = option("float32", "dtype of the models' weights", choices=("float32", "bfloat16"))
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)

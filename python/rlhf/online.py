@@ -8,7 +8,7 @@ the policy goes on, with its optimiser and its value model as they are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import torch
 
 from . import ppo, rm
 from .config import UserError, option
-from .data import Ranking, Task, epoch_order
+from .data import Ranking, Task, epoch_order, task_of
 from .experience import Models
 from .files import append_line, read_lines
 from .guard import Guard
@@ -63,6 +63,9 @@ class OnlineConfig(PpoConfig):
         choices=("comparisons", "ratings"),
     )
     judge_instruction: str = option(INSTRUCTION, "first sentence of what a judge is asked: what is good here")
+    rm_data: str | None = option(
+        None, "rankings that the reward model was trained on, for rm_mix, in a form of --data; --data unless given"
+    )
     rm_mix: float = option(1.0, "old rankings for each new one in the reward model's training", low=0)
     rm_epochs: int = option(1, "passes over them at a refresh", low=1)
     rm_batch_size: int = option(16, "rankings in an optimiser step of the reward model", low=1)
@@ -84,6 +87,7 @@ class Feedback:
         assert config.rm is not None  # the config refuses a run without one
         self.config = config
         self.judge = judge_of(config)
+        self.old = task_of(replace(config, data=config.rm_data), config.rm).rankings if config.rm_data else None
         self.rm_config = rm.RmConfig(
             out=config.out,
             init=config.rm,
@@ -168,7 +172,8 @@ class Feedback:
         """
         model, tokenizer, config = models.reward_model, models.rm_tokenizer, self.rm_config
         assert model is not None and tokenizer is not None  # the config refuses a run without a reward model
-        old = [ranking for ranking in task.rankings if len(set(ranking.scores)) > 1]
+        known = task.rankings if self.old is None else self.old
+        old = [ranking for ranking in known if len(set(ranking.scores)) > 1]
         order = epoch_order(len(old), self.config.seed, 1_000_000 + number)
         mixed = [*labelled, *(old[i] for i in order[: round(self.config.rm_mix * len(labelled))])]
         examples = encode(tokenizer, mixed, config.max_length)
