@@ -13,8 +13,8 @@ PPO = {
     "steps": 30,
     "batch_size": 64,
     "num_mini_batches": 1,
-    "num_ppo_epochs": 4,
-    "learning_rate": 2e-3,
+    "num_ppo_epochs": 2,
+    "learning_rate": 1e-3,  # at 2e-3 terminal or abc, whichever the number of passes, collapsed on a seed of its own
     "kl_coef": 0.05,
     "eval_every": 10,
     "eval_samples": 128,
@@ -23,7 +23,7 @@ PPO = {
 STEPS = {"rt-polarity": 50}  # where the curve still climbs after those
 WIDE = "reviews"  # the task of every shaping; responses of about 15 tokens
 SPREADING = ("abc", "abc-d", "prefix-diff", "grad-x-input", "value-attention")
-MAIN = ("terminal", "uniform", "abc 0.8", "abc 0.8, total return")  # on every task
+MAIN = ("terminal", "uniform", "abc 0.8", "abc 0.8, total return")
 
 
 def arms(task: Task) -> list[Arm]:
@@ -33,6 +33,8 @@ def arms(task: Task) -> list[Arm]:
     if task.name == WIDE:
         for kind in SPREADING:
             kinds |= {f"{kind} {beta}": {"reward_shaping": kind, "beta": beta} for beta in (0.5, 1.0)}
+    elif task.name == "reviews-96":  # the slowest
+        del kinds["abc 0.8, total return"]
     settings = PPO | {"steps": STEPS.get(task.name, PPO["steps"])}
     return [Arm(name, "ppo", settings | changes) for name, changes in kinds.items()]
 
