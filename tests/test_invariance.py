@@ -1,4 +1,4 @@
-"""What must not matter does not: micro-batches, the padding's side, threads, backends. Resuming is in test_kill.py.
+"""What must not matter does not: micro-batches, the padding's side, threads, backends, whole logits. Resuming is in test_kill.py.
 
 Rounding is all that may differ. One step's numbers are compared before it grows: after several, a sampled token flips.
 """
@@ -8,7 +8,7 @@ import torch
 
 import rlhf_kernels as rk
 from mini_runs import command
-from rlhf import cli
+from rlhf import cli, head
 from rlhf.data import Batch, collate
 from rlhf.files import read_lines
 from rlhf.model import load_policy, load_reward_model, response_logprobs, values
@@ -48,6 +48,13 @@ def test_threads(mini, tmp_path, expected, threads):
 def test_backends(mini, tmp_path, expected):
     with rk.use_backend("torch"):
         assert first_update(mini, tmp_path / "run") == pytest.approx(expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("trunk", ["separate", "shared"])
+def test_logits_that_are_never_whole(mini, tmp_path, monkeypatch, trunk):
+    expected = first_update(mini, tmp_path / "whole", "--value-trunk", trunk)
+    monkeypatch.setattr(head, "WHOLE_LOGITS", 0)
+    assert first_update(mini, tmp_path / "chunks", "--value-trunk", trunk) == pytest.approx(expected, **TOLERANCE)
 
 
 def test_the_side_of_the_padding(mini):

@@ -1,7 +1,7 @@
 """Models: loading them, and what the stages read from them: log-probabilities, scores, values.
 
-The log-probability shift (the logits of one position score the token of the next) stands in `response_logits`, and the
-pooling rule of reward models (the last attended token) in `last_attended`; nothing else knows either.
+The log-probability shift (the logits of one position score the token of the next) stands in `response_logits` and
+`head.response_states`, and the pooling rule of reward models (the last attended token) in `last_attended`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 
 from .config import UserError
 from .data import Batch, position_ids
+from .head import head_for, logprobs_entropy_of, logprobs_of, response_states
 from .lora import Adapter, Lora, add_adapter, has_head, read_adapter, share_frozen
 from .run import resolve_device, resolve_model
 
@@ -367,19 +368,27 @@ def response_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """logprobs [B, T] fp32 of the response tokens, 0 outside the mask; with `entropy` also the entropies [B, T], nats.
 
-    Differentiable; `micro_batch` rows go through the model at a time, None for all.
+    Differentiable; `micro_batch` rows go through the model at a time, None for all. Logits that would be too large
+    (`head.WHOLE_LOGITS`) are never whole.
     """
     parts = batch.split(micro_batch)
-    logits = (response_logits(model, part) for part in parts)
     if not entropy:
-        return torch.cat(
-            [rk.token_logprobs(z, part.responses, part.mask, temperature=temperature) for part, z in zip(parts, logits)]
-        )
-    both = [
-        rk.token_logprobs_entropy(z, part.responses, part.mask, temperature=temperature)
-        for part, z in zip(parts, logits)
-    ]
+        return torch.cat([_logprobs(model, part, temperature) for part in parts])
+    both = [_logprobs_entropy(model, part, temperature) for part in parts]
     return torch.cat([logprobs for logprobs, _ in both]), torch.cat([entropies for _, entropies in both])
+
+
+def _logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
+    if head := head_for(model, batch):
+        return logprobs_of(head, response_states(model, batch), batch, temperature)
+    return rk.token_logprobs(response_logits(model, batch), batch.responses, batch.mask, temperature=temperature)
+
+
+def _logprobs_entropy(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    if head := head_for(model, batch):
+        return logprobs_entropy_of(head, response_states(model, batch), batch, temperature)
+    logits = response_logits(model, batch)
+    return rk.token_logprobs_entropy(logits, batch.responses, batch.mask, temperature=temperature)
 
 
 @torch.no_grad()

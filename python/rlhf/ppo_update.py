@@ -202,7 +202,7 @@ def forward(models: Models, batch: Batch, config: PpoConfig) -> tuple[Tensor, Te
             logprobs, entropy = response_logprobs(models.policy, batch, config.temperature, entropy=True)
     found = None
     if models.value is not None and shares_trunk(models):
-        found = head_scores(models.value, states[0][:, batch.prompt_width - 1 :], normalized=False)
+        found = head_scores(models.value, states[-1][:, batch.prompt_width - 1 :], normalized=False)
     return logprobs, entropy, found, full
 
 

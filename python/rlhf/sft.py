@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 from .config import DATA, CommonConfig, DataConfig, UserError, option
 from .data import Batch, Demonstration, Task, collate, encode_prompt, encode_response, epoch_order, split, task_of
 from .guard import Guard, check_finite
+from .head import head_for, likeliest, logprobs_of, response_states
 from .model import check_context, load_policy, loading_options, response_logits
 from .run import Run, seed_everything
 from .schedule import KINDS, schedule, set_learning_rate
@@ -114,9 +115,13 @@ def train_step(
 def loss_and_right(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """−Σ log π, rows weighted by `weights` [B] if given, and the number of tokens that the model holds for the
     likeliest; both 0-d fp32."""
-    logits = response_logits(model, batch)
-    logprobs = rk.token_logprobs(logits, batch.responses, batch.mask)
-    right = (logits.detach().argmax(-1) == batch.responses) & batch.mask
+    if head := head_for(model, batch):
+        hidden = response_states(model, batch)
+        logprobs, likely = logprobs_of(head, hidden, batch), likeliest(head, hidden)
+    else:
+        logits = response_logits(model, batch)
+        logprobs, likely = rk.token_logprobs(logits, batch.responses, batch.mask), logits.detach().argmax(-1)
+    right = (likely == batch.responses) & batch.mask
     rows = logprobs.sum(1)
     return -(rows if weights is None else rows * weights).sum(), right.sum().to(logprobs.dtype)
 
