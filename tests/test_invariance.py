@@ -1,4 +1,4 @@
-"""What must not matter does not: micro-batches, the padding's side, threads, backends, whole logits. Resuming is in test_kill.py.
+"""What must not matter does not: micro-batches, padding, threads, backends, whole logits. Resuming is in test_kill.py.
 
 Rounding is all that may differ. One step's numbers are compared before it grows: after several, a sampled token flips.
 """
