@@ -16,6 +16,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import rlhf.best_of_n
 import rlhf.dpo
+import rlhf.online
 import rlhf.ppo
 import rlhf.rft
 import rlhf.rm

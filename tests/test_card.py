@@ -65,6 +65,7 @@ def test_the_command_gives_the_config_again():
 def test_env(capsys, monkeypatch):
     monkeypatch.setenv("RLHF_KERNELS_BACKEND", "torch")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("RLHF_JUDGE_KEY", "judge_secret")
     assert cli.main(["env"]) == 0
     text = capsys.readouterr().out
     for wanted in (
@@ -74,6 +75,7 @@ def test_env(capsys, monkeypatch):
         "extension:",
         "ppo_loss",
         "RLHF_KERNELS_BACKEND = torch",
+        "RLHF_JUDGE_KEY = (set, not shown)",
     ):
         assert wanted in text, wanted
     assert "secret" not in text

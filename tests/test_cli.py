@@ -312,6 +312,17 @@ def test_help_is_fast_and_imports_no_torch():
     assert run_module("-c", code).stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["env"]])
+def test_a_reader_that_has_gone_is_no_error(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhf", *argv], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_exit_code_of_the_process():
     done = run_module("-m", "rlhf", "report", "--rusn", "x")
     assert (done.returncode, done.stdout) == (2, "")

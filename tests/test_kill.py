@@ -51,8 +51,8 @@ def outcome(folder):
         found = read_lines(path) if path.exists() else []
         return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per_second"))} for line in found]
 
-    weights = {path.parent.name: path.read_bytes() for path in folder.glob("*/model.safetensors")}
-    names = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "selected.jsonl")
+    weights = {path.parent.name: path.read_bytes() for path in folder.glob("*/*model.safetensors")}
+    names = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "selected.jsonl", "labels.jsonl")
     summary = json.loads((folder / "run.json").read_text())["summary"]
     return {"weights": weights, "summary": summary, **{name: lines(name) for name in names}}
 
@@ -79,6 +79,7 @@ def whole(server, mini):
 def test_killed_runs_end_like_the_one_nobody_touched(server, mini, whole, stage):
     expected, seconds, calls = whole(stage)
     assert len(expected["metrics.jsonl"]) >= 5 and expected["weights"]
+    assert bool(expected["labels.jsonl"]) == stage.startswith("online")
     chance = random.Random()  # other moments each time; each must do
     kills = [
         {"kill_at": chance.randrange(calls // 2)},

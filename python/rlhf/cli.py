@@ -43,7 +43,16 @@ STAGES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads, `head` for one, has enough; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -77,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'rlhf {name}: needs {package}: pip install "rlhf-kernels[pipeline]"', file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        if _traceback_wanted():
+        if _traceback_wanted() or isinstance(error, BrokenPipeError):
             raise
         hint = "" if isinstance(error, UserError) else " (RLHF_TRACEBACK=1 shows where)"
         print(f"rlhf {name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)

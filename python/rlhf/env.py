@@ -11,7 +11,9 @@ from . import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate", "datasets", "peft", "triton")
 VARIABLES = ("RLHF_", "OMP_", "MKL_", "CUDA_", "TRITON_", "PYTORCH_", "HF_HUB_OFFLINE", "HF_HOME")
-"""Beginnings of the environment variables that are shown; none of them holds a secret."""
+"""Beginnings of the environment variables that are shown."""
+SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+"""What is in the names of those that are not, such as RLHF_JUDGE_KEY: this goes into a public bug report."""
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +41,8 @@ def print_environment() -> None:
         print(f"{f'GPU {index}':14} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     for name in sorted(os.environ):
         if name.startswith(VARIABLES):
-            print(f"{name} = {os.environ[name]}")
+            hidden = any(word in name.upper() for word in SECRETS)
+            print(f"{name} = {'(set, not shown)' if hidden else os.environ[name]}")
     print()
     rlhf_kernels.__main__.main()
 
