@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .candidates import Candidates, draw_candidates, own_source
-from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .config import CommonConfig, SampledConfig, UserError, check_scorer, option
 from .data import Task, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges, eval_prompts, mean_and_sem
 from .files import write_atomically
-from .gold_model import GOLD, with_gold
+from .gold_model import with_gold
 from .guard import Guard, Values
 from .model import load_policy, load_reference, load_reward_model, loading_options
 from .run import Run, seed_everything
@@ -33,20 +33,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfNConfig(DataConfig, CommonConfig):
+class BestOfNConfig(SampledConfig, CommonConfig):
     init: str = option(MISSING, "policy that samples and is then trained: run folder, model folder or hub name")
-    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
-    reward_fn: str | None = option(None, REWARD_FN)
-    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
-    ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
-    data: str = option("reviews", DATA + "the prompts and the gold judge")
-    gold: str | None = option(None, GOLD)
     n: int = option(4, "responses sampled for each prompt, of which the best is kept", low=2)
     num_prompts: int = option(768, "prompts sampled for; they repeat if there are fewer", low=1)
     epochs: int = option(2, "passes over the kept responses", low=1)
     batch_size: int = option(64, "responses in an optimiser step", low=1)
     micro_batch: int | None = option(None, "rows through a model when sampling and scoring; all unless given", low=1)
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
     temperature: float = option(1.0, "sampling temperature; the same one scores the tokens", above=0)
     learning_rate: float = option(
         1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5", above=0

@@ -114,6 +114,24 @@ REWARD_FN = "path.py:function that scores instead of the reward model: (prompts,
 RM_CHAT_TEMPLATE = "show texts to the reward model as its tokenizer's chat template writes them"
 
 
+GOLD = "reward model that judges instead of the data's gold judge; its scores are never trained on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledConfig(DataConfig):
+    """The flags of a stage in which a policy's samples are scored, in training or in its evaluations."""
+
+    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
+    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
+    reward_fn: str | None = option(None, REWARD_FN)
+    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
+    ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
+    data: str = option("reviews", DATA + "the prompts and the gold judge")
+    gold: str | None = option(None, GOLD)
+    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
+    eval_samples: int = option(128, "responses in an evaluation", low=1)
+
+
 def check_scorer(config: Any, *, needed: bool = True) -> None:
     """Raises UserError unless one of `rm` and `reward_fn` says what scores; neither is right where none is needed."""
     given = [name for name in ("rm", "reward_fn") if getattr(config, name) is not None]

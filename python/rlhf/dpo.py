@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .candidates import Candidates, draw_candidates, own_source, provided_candidates
-from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .config import DATA, CommonConfig, SampledConfig, UserError, check_scorer, option
 from .data import Batch, Task, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges
-from .gold_model import GOLD, with_gold
+from .gold_model import with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
@@ -34,14 +34,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(DataConfig, CommonConfig):
-    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
+class DpoConfig(SampledConfig, CommonConfig):
     ref: str | None = option(None, "reference policy; --init unless given")
     rm: str | None = option(None, "reward model that scores the samples of --pairs sampled, and the evaluations")
-    reward_fn: str | None = option(None, REWARD_FN)
-    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", DATA + "the rankings, the prompts and the gold judge")
-    gold: str | None = option(None, GOLD)
     pairs: str = option("data", "the data's rankings, or samples of --init scored by --rm", choices=("data", "sampled"))
     pairing: str = option(
         "all", "pairs of a prompt: all of unequal score, or only the best with the worst", choices=("all", "extremes")
@@ -65,7 +61,6 @@ class DpoConfig(DataConfig, CommonConfig):
     eval_every: int = option(
         10, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
-    eval_samples: int = option(128, "responses in an evaluation", low=1)
     stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 
 from .config import (
     DATA,
+    GOLD,
     REWARD_FN,
     RM_CHAT_TEMPLATE,
     TRUST_REMOTE_CODE,
@@ -28,7 +29,7 @@ from .config import (
 )
 from .data import Gold, Task, task_of
 from .files import plain, write_atomically
-from .gold_model import GOLD, with_gold
+from .gold_model import with_gold
 from .model import load_policy, load_reference, load_reward_model, loading_options, response_logits
 from .rollout import Rollout, generate
 from .run import Run

@@ -11,7 +11,6 @@ from .data import Task
 from .model import load_reward_model, loading_options
 from .rm import score_texts
 
-GOLD = "reward model that judges instead of the data's gold judge; its scores are never trained on"
 MAX_LENGTH = 2048
 """Tokens of a text that the judge reads; a longer one loses its start."""
 

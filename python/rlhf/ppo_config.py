@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from .advantages import ESTIMATORS, OF_GROUPS, SCORE_POSITIONS, WITH_CRITIC
-from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .config import CommonConfig, SampledConfig, UserError, check_scorer, option
 from .credit import KINDS, OF_REWARD_MODEL, QUERIES, REDUCTIONS, AttentionChoice, Shaping
 from .feedback_loss import LOSSES
-from .gold_model import GOLD
 from .kl_penalty import IN_LOSS, IN_REWARD
 from .kl_penalty import KINDS as KL_KINDS
 from .overoptimization import STOP_ON_GOLD
@@ -21,20 +20,13 @@ MEASURES = ("seq_sum", "token_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoConfig(DataConfig, CommonConfig):
-    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
-    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
-    reward_fn: str | None = option(None, REWARD_FN)
-    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
+class PpoConfig(SampledConfig, CommonConfig):
     ref: str | None = option(None, "reference policy of the KL penalty; --init unless given")
-    data: str = option("reviews", DATA + "the prompts and the gold judge")
-    gold: str | None = option(None, GOLD)
     steps: int = option(25, "rollouts, each followed by its updates", low=1)
     batch_size: int = option(128, "responses sampled a step, num_generations to a prompt", low=1)
     num_ppo_epochs: int = option(4, "passes over each rollout", low=1)
     num_mini_batches: int = option(2, "optimiser steps in a pass", low=1)
     micro_batch: int | None = option(None, "rows through a model at a time; all of a minibatch unless given", low=1)
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
     temperature: float = option(1.0, "sampling temperature; the same one scores the tokens", above=0)
     learning_rate: float = option(2e-4, "policy's peak learning rate; pretrained models want about 3e-6", above=0)
     value_learning_rate: float | None = option(None, "the value model's; the policy's unless given", above=0)
@@ -185,7 +177,6 @@ class PpoConfig(DataConfig, CommonConfig):
     eval_every: int = option(
         5, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
-    eval_samples: int = option(128, "responses in an evaluation", low=1)
     stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
     num_samples: int = option(8, "held-out responses whose credit is written to samples.jsonl at the end", low=0)
     compare_shapings: tuple[str, ...] = option(

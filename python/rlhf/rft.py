@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from .candidates import Candidates, draw_candidates, mean_score, own_source
-from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .config import CommonConfig, SampledConfig, UserError, check_scorer, option
 from .data import Batch, collate, epoch_order, task_of
 from .evaluate import Evaluator, Judges
-from .gold_model import GOLD, with_gold
+from .gold_model import with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reference, load_reward_model, loading_options
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
@@ -38,14 +38,7 @@ all lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RftConfig(DataConfig, CommonConfig):
-    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
-    rm: str | None = option(None, "reward model: run folder, model folder or hub name")
-    reward_fn: str | None = option(None, REWARD_FN)
-    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
-    ref: str | None = option(None, "start model of the KL that evaluations report; --init unless given")
-    data: str = option("reviews", DATA + "the prompts and the gold judge")
-    gold: str | None = option(None, GOLD)
+class RftConfig(SampledConfig, CommonConfig):
     rounds: int = option(3, "times that responses are sampled anew from the policy", low=1)
     num_prompts: int = option(256, "prompts sampled for in each round; they repeat if there are fewer", low=1)
     num_candidates: int = option(8, "responses sampled for each prompt", low=2)
@@ -63,7 +56,6 @@ class RftConfig(DataConfig, CommonConfig):
     loss_on: str = option("response", "tokens that are trained on; all includes the prompt", ("response", "all"))
     batch_size: int = option(64, "responses in an optimiser step", low=1)
     micro_batch: int | None = option(None, "rows through a model at a time; all unless given", low=1)
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
     temperature: float = option(1.0, "sampling temperature; the loss is the policy's own, at temperature 1", above=0)
     learning_rate: float = option(
         1e-3, "peak learning rate, falling linearly to 0; pretrained models want about 1e-5", above=0
@@ -72,7 +64,6 @@ class RftConfig(DataConfig, CommonConfig):
     eval_every: int = option(
         6, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
-    eval_samples: int = option(128, "responses in an evaluation", low=1)
     stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,10 @@ from .candidates import (
     score_candidates,
     source_metrics,
 )
-from .config import DATA, REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, UserError, check_scorer, option
+from .config import CommonConfig, SampledConfig, UserError, check_scorer, option
 from .data import Task, epoch_order, task_of
 from .evaluate import Evaluator, Judges
-from .gold_model import GOLD, with_gold
+from .gold_model import with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
 from .overoptimization import STOP_ON_GOLD, overoptimization, watch_gold
@@ -50,14 +50,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RrhfConfig(DataConfig, CommonConfig):
-    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
+class RrhfConfig(SampledConfig, CommonConfig):
     rm: str | None = option(None, "reward model that scores the candidates; --candidates alone can do without")
-    reward_fn: str | None = option(None, REWARD_FN)
-    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     ref: str | None = option(None, "start model of the KL; --init unless given")
-    data: str = option("reviews", DATA + "the prompts and the gold judge")
-    gold: str | None = option(None, GOLD)
     candidates: str | None = option(
         None, "file or folder of rows with responses and scores, or chosen and rejected: provided candidates"
     )
@@ -79,7 +74,6 @@ class RrhfConfig(DataConfig, CommonConfig):
     micro_batch: int | None = option(
         None, "rows through a model at a time, all unless given; training then runs the model forward twice", low=1
     )
-    response_length: int | None = option(None, "tokens a response may have; the task's own unless given", low=1)
     temperature: float = option(1.0, "sampling temperature", above=0)
     score_temperature: float | None = option(
         None, "temperature at which the loss scores the tokens; --temperature unless given", above=0
@@ -112,7 +106,6 @@ class RrhfConfig(DataConfig, CommonConfig):
     eval_every: int = option(
         4, "steps between evaluations on held-out prompts; 0 for only the first and the last", low=0
     )
-    eval_samples: int = option(128, "responses in an evaluation", low=1)
     stop_on_gold: int | None = option(None, STOP_ON_GOLD, low=1)
 
     def __post_init__(self) -> None:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .config import REWARD_FN, RM_CHAT_TEMPLATE, CommonConfig, DataConfig, check_scorer, option
+from .config import CommonConfig, SampledConfig, check_scorer, option
 from .data import epoch_order, split, task_of
 from .evaluate import Evaluator, Judges
 from .feedback_data import Marked, batch_of, read_feedback
 from .feedback_loss import LOSSES, LossConfig, feedback_backward
+from .gold_model import with_gold
 from .guard import Guard, Values, check_finite
 from .model import load_policy, load_reference, load_reward_model, loading_options, response_logprobs
 from .run import Run, seed_everything
@@ -32,13 +33,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFeedbackConfig(DataConfig, CommonConfig):
-    init: str = option(MISSING, "start policy: run folder, model folder or hub name")
+class TokenFeedbackConfig(SampledConfig, CommonConfig):
     feedback: str = option(MISSING, 'file or folder of rows {"prompt", "response", "spans"}')
     ref: str | None = option(None, "reference policy of the anchor; --init unless given")
     rm: str | None = option(None, "reward model that the evaluations report")
-    reward_fn: str | None = option(None, REWARD_FN)
-    rm_chat_template: bool = option(False, RM_CHAT_TEMPLATE)
     data: str = option("reviews", '"reviews", a folder or a file: held-out prompts and gold judge of the evaluations')
     loss: str = option("bandit", "how marked tokens are learnt; bandit is bounded", choices=LOSSES)
     overlap: float = option(
@@ -51,9 +49,6 @@ class TokenFeedbackConfig(DataConfig, CommonConfig):
     max_steps: int | None = option(None, "stop after this many optimiser steps; the epochs decide unless given", low=1)
     batch_size: int = option(32, "responses in an optimiser step", low=1)
     micro_batch: int | None = option(None, "rows through a model at a time; the whole batch unless given", low=1)
-    response_length: int | None = option(
-        None, "tokens a response of an evaluation may have; the task's own unless given", low=1
-    )
     temperature: float = option(1.0, "temperature of the policy, in training and in the evaluations", above=0)
     learning_rate: float = option(2e-4, "peak learning rate; pretrained models want about 3e-6", above=0)
     lr_scheduler: str = option("linear", "how the learning rate falls after the warm-up", choices=KINDS)
@@ -61,7 +56,6 @@ class TokenFeedbackConfig(DataConfig, CommonConfig):
     max_grad_norm: float = option(1.0, "gradient norm at which the gradient is clipped", above=0)
     eval_fraction: float = option(0.1, "share of the feedback held out of training, 0 for none", low=0, below=1)
     eval_every: int = option(10, "steps between evaluations; 0 for only the first and the last", low=0)
-    eval_samples: int = option(128, "responses in an evaluation", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +97,7 @@ def main(config: TokenFeedbackConfig) -> Path:
     """Train and return the run folder."""
     run = Run.create(config.out, "token-feedback", config, resume=config.resume, overwrite=config.overwrite)
     seed_everything(config.seed)
-    task = task_of(config, config.init)
+    task = with_gold(task_of(config, config.init), config)
     checkpoint = run.load_checkpoint()
     where = loading_options(config)
     policy, tokenizer = load_policy(
