@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rlhf import demo
+
 from . import plots
 from .experiment import Arm, Experiment, Task
 from .statistics import by_seed, curve, difference, interval, mean_score
 
-PPO = {
-    "steps": 30,
-    "batch_size": 64,
-    "num_mini_batches": 1,
-    "num_ppo_epochs": 2,
-    "learning_rate": 1e-3,  # at 2e-3 terminal or abc, whichever the number of passes, collapsed on a seed of its own
-    "kl_coef": 0.05,
-    "eval_every": 10,
-    "eval_samples": 128,
-    "num_samples": 0,
-}
+PPO = demo.PPO | {"steps": 30, "kl_coef": 0.05, "eval_every": 10, "eval_samples": 128, "num_samples": 0}
 STEPS = {"rt-polarity": 50}  # where the curve still climbs after those
 WIDE = "reviews"  # the task of every shaping; responses of about 15 tokens
 SPREADING = ("abc", "abc-d", "prefix-diff", "grad-x-input", "value-attention")
@@ -93,15 +85,34 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
         peak = max(point.mean for _, point in curves["terminal"])
         peak_step = next(step for step, point in curves["terminal"] if point.mean == peak)
         reached = next((step for step, point in curves["abc 0.8"] if point.mean >= peak - 1e-9), None)
-        share = f"at step {reached}, {reached / peak_step:.0%} of the way" if reached else "never in as many steps"
+        there = (
+            f"gets there at step {reached}, {reached / peak_step:.0%} of the way" if reached else "does not get there"
+        )
         sentences.append(
-            f"The mean curve of the terminal reward peaks at {peak:.3f} in step {peak_step}; attention credit reaches "
-            f"that {share} (published: in under half of the steps)."
+            f"The mean curve of the terminal reward peaks at {peak:.3f} in step {peak_step}; attention credit {there} "
+            "(published: in under half of the steps)."
         )
     close = difference(abc, uniform)
     if close:
         sentences.append(f"Against an even spread attention credit gains {close}: {verdict(close)}.")
     return " ".join(sentences)
+
+
+def answer(records: list[dict[str, Any]]) -> str:
+    """How attention credit compares with the score on the last token, task by task."""
+    better, worse, level = [], [], []
+    for task in dict.fromkeys(record["task"] for record in records):
+        found = [record for record in records if record["task"] == task]
+        gain = difference(*(by_seed(found, name, mean_score) for name in ("abc 0.8", "terminal")))
+        if gain:
+            group = level if not gain.excludes_zero else better if gain.mean > 0 else worse
+            group.append(f"{task} ({gain})")
+    said = [
+        f"{text} {', '.join(group)}"
+        for text, group in (("higher on", better), ("lower on", worse), ("not told apart on", level))
+        if group
+    ]
+    return f"Mean proxy over training, attention credit − last token: {'; '.join(said)}." if said else ""
 
 
 def verdict(gain: Any) -> str:
@@ -121,4 +132,4 @@ def lengths(records: list[dict[str, Any]], tasks: list[str]) -> str:
 
 
 TASKS = ("reviews-16", WIDE, "reviews-48", "reviews-96", "rt-polarity")
-EXPERIMENT = Experiment("dense", str(__doc__), TASKS, arms, report)
+EXPERIMENT = Experiment("dense", str(__doc__), TASKS, arms, report, answer)

@@ -60,13 +60,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """arms: of a task. sections: (title, Markdown, figures) from the finished runs, in the report's order."""
+    """arms: of a task. report: (title, Markdown, figures) from the finished runs, in the page's order. answer: of the
+    same runs, in a sentence or two."""
 
     name: str
     question: str
     tasks: tuple[str, ...]
     arms: Callable[[Task], list[Arm]]
     report: Callable[[list[dict[str, Any]]], Iterable[tuple[str, str, dict[str, Any]]]]
+    answer: Callable[[list[dict[str, Any]]], str]
 
 
 def task(name: str) -> Task:

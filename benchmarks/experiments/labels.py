@@ -89,10 +89,21 @@ def finding(records: list[dict[str, Any]]) -> str:
     return " ".join(sentences)
 
 
+def answer(records: list[dict[str, Any]]) -> str:
+    """Accuracy of each kind of model under each bias."""
+    parts = []
+    for bias in BIASES:
+        found = {name: seeds(records, f"{name}; {bias}") for name in MODELS}
+        shares = [f"{name} {sum(each.values()) / len(each):.1%}" for name, each in found.items() if each]
+        if shares:
+            parts.append(f"{bias}: {', '.join(shares)}")
+    return f"Held-out pairs in gold's order, {'; '.join(parts)}."
+
+
 def said(gain: Any, what: str) -> str:
     if not gain.excludes_zero:
         return "these seeds do not tell them apart"
     return f"{what} is better" if gain.mean > 0 else f"{what} is worse"
 
 
-EXPERIMENT = Experiment("labels", str(__doc__), ("reviews",), arms, report)
+EXPERIMENT = Experiment("labels", str(__doc__), ("reviews",), arms, report, answer)

@@ -5,30 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rlhf.demo import BUDGET, METHODS
+
 from . import plots
-from .dense import PPO
 from .experiment import Arm, Experiment, Task
 from .statistics import by_seed, difference, interval
 
-BUDGET = 2560  # responses that training samples, in every arm
 EVALS = {"eval_samples": 128}
 COLUMNS = ("proxy", "gold", "kl", "perplexity", "length", "distinct_2")
 
 
 def arms(task: Task) -> list[Arm]:
-    """Each learning rate, and DPO's β and passes, are the best of four that were tried with a seed of its own (100)."""
-    prompts = BUDGET // 4
-    ppo = PPO | {"steps": BUDGET // 64}
-    rrhf = {"num_prompts": prompts // 4, "num_candidates": 4, "rounds": 4, "learning_rate": 2e-3}
-    rft = {"num_prompts": prompts // 8, "num_candidates": 8, "rounds": 4, "learning_rate": 2e-3}
-    dpo = {"num_prompts": prompts, "num_candidates": 4, "pairs": "sampled"}
+    """The demo's. Each learning rate, and DPO's β, is the best of four that were tried with a seed of its own (100)."""
+    ppo = {"eval_every": 10, "num_samples": 0}
     return [
-        Arm("ppo terminal", "ppo", ppo | {"reward_shaping": "terminal"}),
-        Arm("ppo abc", "ppo", ppo | {"reward_shaping": "abc", "beta": 0.8}),
-        Arm("rrhf, 4 rounds", "rrhf", rrhf | EVALS),
-        Arm("best of 4, SFT on it", "best_of_n", {"n": 4, "num_prompts": prompts, "learning_rate": 2e-3, **EVALS}),
-        Arm("rft, 4 rounds", "rft", rft | EVALS),
-        Arm("dpo on samples", "dpo", dpo | {"learning_rate": 5e-4, "beta": 0.5, "epochs": 1, **EVALS}),
+        Arm("ppo terminal", "ppo", {**METHODS["ppo-terminal"].settings, **EVALS, **ppo}),
+        Arm("ppo abc", "ppo", {**METHODS["ppo-abc"].settings, **EVALS, **ppo}),
+        Arm("rrhf, 4 rounds", "rrhf", {**METHODS["rrhf"].settings, **EVALS}),
+        Arm("best of 4, SFT on it", "best_of_n", {**METHODS["best-of-n"].settings, **EVALS}),
+        Arm("rft, 4 rounds", "rft", {**METHODS["rft"].settings, **EVALS}),
+        Arm("dpo on samples", "dpo", {**METHODS["dpo"].settings, **EVALS}),
     ]
 
 
@@ -53,7 +49,11 @@ def report(records: list[dict[str, Any]]) -> Iterable[tuple[str, str, dict[str, 
             "Means over the seeds with 95 % confidence intervals, one thread; perplexity under the start model.",
         ]
         golds = {name: values(found, name, lambda record: record["final"]["gold"]) for name in names}
-        figures = {f"methods-{task}-gold": plots.bars(golds, "gold reward, held-out prompts")}
+        kls = {name: values(found, name, lambda record: record["final"]["kl"]) for name in names}
+        figures = {
+            f"methods-{task}-gold": plots.bars(golds, "gold reward, held-out prompts"),
+            f"methods-{task}-plane": plots.plane(kls, golds, "KL to the start, nats a response", "gold reward"),
+        }
         yield f"Methods at an equal number of samples, {task}", "\n".join([*lines, "", finding(found, names)]), figures
 
 
@@ -74,4 +74,12 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
     return f"{text}; not told apart from {', '.join(level)}." if level else f"{text}."
 
 
-EXPERIMENT = Experiment("methods", str(__doc__), ("reviews",), arms, report)
+def answer(records: list[dict[str, Any]]) -> str:
+    return " ".join(
+        finding(found, list(dict.fromkeys(record["arm"] for record in found)))
+        for task in dict.fromkeys(record["task"] for record in records)
+        if (found := [record for record in records if record["task"] == task])
+    )
+
+
+EXPERIMENT = Experiment("methods", str(__doc__), ("reviews",), arms, report, answer)

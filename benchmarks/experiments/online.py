@@ -68,9 +68,20 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
     return "\n\n".join(sentences)
 
 
+def answer(records: list[dict[str, Any]]) -> str:
+    """Gold at the start of training and at its end, in each arm."""
+    said = []
+    for name in dict.fromkeys(record["arm"] for record in records):
+        points = curve(records, name, "eval/gold")
+        if points:
+            (_, first), (_, last) = points[0], points[-1]
+            said.append(f"{name} {first.mean:.2f} → {last.mean:.2f}")
+    return f"Gold from start to end: {'; '.join(said)}."
+
+
 def at(records: list[dict[str, Any]], name: str, step: int) -> dict[int, float]:
     """seed → gold of an evaluation."""
     return by_seed(records, name, lambda record: dict(map(tuple, record["series"]["eval/gold"]))[step])
 
 
-EXPERIMENT = Experiment("online", str(__doc__), ("reviews",), arms, report)
+EXPERIMENT = Experiment("online", str(__doc__), ("reviews",), arms, report, answer)

@@ -43,17 +43,16 @@ def contents(experiments: Mapping[str, Experiment], folder: Path) -> tuple[str, 
 
 
 def summary(experiments: Mapping[str, Experiment], folder: Path) -> str:
-    """A line for each question, and where the answer is."""
+    """Each question with its answer, and where the rest is."""
     lines = []
     for name, experiment in experiments.items():
         records = store.records(name, folder)
         seeds = len({record["seed"] for record in records})
         state = f"{len(records)} runs, {seeds} seeds" if records else "not run yet"
-        lines.append(f"- {experiment.question} ({state}; `python -m benchmarks.experiments {name}`)")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Tables, plots and findings: [benchmarks/results/experiments](benchmarks/results/experiments/README.md).",
-        ]
-    )
+        answer = f" {experiment.answer(records)}" if records else ""
+        lines.append(f"- **{experiment.question}**{answer} ({state}; `python -m benchmarks.experiments {name}`)")
+    lines += [
+        "",
+        "Tables, plots and findings: [benchmarks/results/experiments](benchmarks/results/experiments/README.md).",
+    ]
+    return "\n".join(lines)

@@ -47,6 +47,24 @@ def bars(values: Mapping[str, Interval], xlabel: str) -> Figure:
         return figure
 
 
+def plane(xs: Mapping[str, Interval], ys: Mapping[str, Interval], xlabel: str, ylabel: str) -> Figure:
+    """Each name's two means with their 95 % intervals."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0))
+        axes = figure.subplots()
+        for place, name in enumerate(xs):
+            x, y = xs[name], ys[name]
+            halves = [[each.half if each.count > 1 else 0.0] for each in (x, y)]
+            color = COLORS[place % len(COLORS)]
+            axes.errorbar(
+                [x.mean], [y.mean], xerr=halves[0], yerr=halves[1], fmt="o", color=color, capsize=3, label=name
+            )
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        figure.legend(loc="outside upper left", ncols=3)
+        return figure
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure on a white ground, so that it can be read on a dark page too."""
     text = io.StringIO()
