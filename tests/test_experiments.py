@@ -24,6 +24,7 @@ def record(arm, seed, scores, task="reviews-16", **final):
         "task": task,
         "arm": arm,
         "seed": seed,
+        "machine": "a machine",
         "seconds": 3.0,
         "peak_rss_mib": 700,
         "series": series,
@@ -144,7 +145,7 @@ def test_a_run_is_measured_and_its_folder_goes(tmp_path, start, monkeypatch):
     assert [step for step, _ in found["series"]["eval/gold"]] == [0, 2]
     # An untrained model is close to a uniform choice among its tokens.
     assert 0 < found["final"]["kl"] < 1 and 100 < found["final"]["perplexity"] < 10_000
-    assert found["phases"]["generate"] > 0 and found["peak_rss_mib"] > 100
+    assert "torch" in found["machine"] and found["phases"]["generate"] > 0 and found["peak_rss_mib"] > 100
     assert list(tmp_path.iterdir()) == [] and json.loads(json.dumps(found)) == found
 
 

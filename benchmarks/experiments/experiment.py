@@ -19,6 +19,7 @@ import torch
 
 from rlhf import evaluate
 from rlhf.data import collate, encode_text, load_task
+from rlhf.env import cpu_name
 from rlhf.evaluate import eval_prompts
 from rlhf.files import read_lines, write_atomically
 from rlhf.model import load_policy, load_reward_model, response_logprobs, scores
@@ -134,6 +135,7 @@ def measured_run(arm: Arm, seed: int, task: Task, start: tuple[Path, Path], fold
         "task": task.name,
         "arm": arm.name,
         "seed": seed,
+        "machine": f"{cpu_name()}, torch {torch.__version__}",
         "seconds": round(seconds, 1),
         "phases": {
             name.removeprefix("time/"): round(sum(line.get(name) or 0.0 for line in lines), 2)

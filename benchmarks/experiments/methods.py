@@ -46,7 +46,8 @@ def report(records: list[dict[str, Any]]) -> Iterable[tuple[str, str, dict[str, 
             )
         lines += [
             "",
-            "Means over the seeds with 95 % confidence intervals, one thread; perplexity under the start model.",
+            "Means over the seeds with 95 % confidence intervals; perplexity under the start model. Two runs at a time, "
+            f"each one thread of {' and '.join(sorted({record['machine'] for record in found}))}.",
         ]
         golds = {name: values(found, name, lambda record: record["final"]["gold"]) for name in names}
         kls = {name: values(found, name, lambda record: record["final"]["kl"]) for name in names}
