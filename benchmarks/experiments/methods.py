@@ -44,10 +44,11 @@ def report(records: list[dict[str, Any]]) -> Iterable[tuple[str, str, dict[str, 
             lines.append(
                 f"| {' | '.join([name, count, *map(str, cells), f'{seconds.mean:.0f}', f'{memory.mean:.0f}'])} |"
             )
+        machines = " and ".join(sorted({record["machine"] for record in found}))
         lines += [
             "",
-            "Means over the seeds with 95 % confidence intervals; perplexity under the start model. Two runs at a time, "
-            f"each one thread of {' and '.join(sorted({record['machine'] for record in found}))}.",
+            "Means over the seeds with 95 % confidence intervals; perplexity is the start model's. Two runs at a time, "
+            f"each one thread of {machines}.",
         ]
         golds = {name: values(found, name, lambda record: record["final"]["gold"]) for name in names}
         kls = {name: values(found, name, lambda record: record["final"]["kl"]) for name in names}
