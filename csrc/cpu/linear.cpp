@@ -8,7 +8,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include "bf16_products.h"
+#include "products.h"
 
 namespace rlhf_kernels {
 namespace {
@@ -72,7 +72,9 @@ at::Tensor LiveRows::scatter(const at::Tensor& compact) const {
 Head::Head(const at::Tensor& weight_in, const std::optional<at::Tensor>& bias)
     : vocabulary(weight_in.size(0)),
       bf16(weight_in.scalar_type() == at::kBFloat16 && has_bf16_products(weight_in.size(1))),
-      weight(bf16 ? weight_in.contiguous() : weight_in.to(compute_type(weight_in))),
+      fp32(!bf16 && compute_type(weight_in) == at::kFloat && has_fp32_products()),
+      weight(bf16 || fp32 ? weight_in.to(bf16 ? at::kBFloat16 : at::kFloat).contiguous()
+                          : weight_in.to(compute_type(weight_in))),
       type(compute_type(weight_in)),
       bias_(bias && !bf16 ? bias->to(type) : bias) {}
 
@@ -100,6 +102,8 @@ at::Tensor Head::logits(const at::Tensor& hidden, const at::Tensor& given) {
   at::Tensor out = given.defined() ? given : buffer(hidden.size(0));
   if (bf16) {
     bf16_logits(hidden, weight, bias_, out);
+  } else if (tiled(hidden.size(0))) {
+    fp32_logits(hidden.to(type), weight, bias_, out);
   } else if (bias_) {
     at::addmm_out(out, *bias_, hidden.to(type), weight.t());
   } else {
@@ -137,12 +141,15 @@ void LinearGrads::add(int64_t start, const at::Tensor& all_dlogits, const std::v
   }
   if (dlogits.size(0) == 0) return;
   if (needs_[0]) {
-    const at::Tensor product = at::mm(dlogits, head_.weight).to(dhidden_.scalar_type());
-    dhidden_.view({-1, dhidden_.size(-1)}).index_copy_(0, places, product);
+    const at::Tensor product = head_.tiled(dlogits.size(0)) ? fp32_hidden_gradient(dlogits, head_.weight)
+                                                            : at::mm(dlogits, head_.weight);
+    dhidden_.view({-1, dhidden_.size(-1)}).index_copy_(0, places, product.to(dhidden_.scalar_type()));
   }
   if (needs_[1]) {
     if (dlogits.scalar_type() != dweight_.scalar_type()) {
       add_bf16_weight_gradient(dlogits, hidden, started_, dweight_);
+    } else if (head_.tiled(dlogits.size(0))) {
+      add_fp32_weight_gradient(dlogits, hidden.to(at::kFloat), started_, dweight_);
     } else if (started_) {
       at::addmm_out(dweight_, dweight_, dlogits.t(), hidden.to(dlogits.scalar_type()));
     } else {

@@ -49,6 +49,9 @@ class Head {
   at::Tensor buffer(int64_t rows);
   at::Tensor gradient(const at::Tensor& logits) const;
 
+  // Whether the fp32 products of so many rows are those of products.h; for fewer, packing costs more than it saves.
+  bool tiled(int64_t rows) const { return fp32 && rows >= 16; }
+
   // Writes one row's gradient, over its logits or into a row of the buffer.
   template <typename T>
   void write_gradient(const T* logits, int64_t token, const TokenStats<T>& stats, const TokenGrads<T>& upstream,
@@ -71,6 +74,7 @@ class Head {
 
   int64_t vocabulary;
   bool bf16;           // the products take bf16 and give fp32
+  bool fp32;           // products.h has faster ones than at::mm
   at::Tensor weight;   // in the dtype of the products
   at::ScalarType type;  // of the logits
 
