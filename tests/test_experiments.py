@@ -19,6 +19,7 @@ def record(arm, seed, scores, task="reviews-16", **final):
     series = {
         "objective/scores": [[step, value] for step, value in enumerate(scores, 1)],
         "eval/gold": [[0, 0.0], [2, measured["gold"]]],
+        "eval/length": [[0, 5.0 if task == "reviews-16" else 50.0]],
     }
     return {
         "task": task,
@@ -65,15 +66,29 @@ def test_difference_is_paired_by_seed():
 def test_the_finding_says_which_way_it_went(gain, said):
     text = dense.finding(dense_records(gain), list(dense.MAIN))
     assert f"{gain:.3f} ± 0.041 over 4 seeds: {said}" in text.replace("-0.000", "0.000")
-    assert "peaks at 1.000 in step 4" in text
+    assert "peaks at 1.000 in step 4" in text and "longer by 0.000 ± 0.000 tokens" in text
     assert ("at step 3, 75% of the way" in text) == (gain == 0.3) and ("does not get there" in text) == (gain < 0)
+
+
+def test_shapings_ahead_are_named_in_the_order_of_the_arms():
+    records = [record("value-attention 0.5", seed, [1.0 + 0.1 * seed]) for seed in range(4)]
+    records += [record("abc 0.5", seed, [0.1 * seed + 0.01 * seed]) for seed in range(4)]
+    records += [record("terminal", seed, [0.1 * seed]) for seed in range(4)]
+    records += [record("uniform", seed, [0.1 * seed - 0.1]) for seed in range(4)]
+    records += [record("abc-d 0.5", seed, [0.1 * seed]) for seed in range(4)]
+    for each in records:
+        each["task"] = dense.WIDE
+    assert dense.in_order(records) == ["terminal", "uniform", "abc 0.5", "abc-d 0.5", "value-attention 0.5"]
+    text = dense.finding(records, dense.in_order(records))
+    assert "beyond their intervals: value-attention 0.5 (1.000 ± 0.000), of 4 shapings; 0.2 intervals" in text
 
 
 def test_lengths_are_compared_between_tasks():
     records = dense_records(0.3) + dense_records(0.6, "reviews-96")
     *_, (title, text, _) = dense.report(records)
     assert title == "Dense rewards and the length of the responses"
-    assert "| reviews-16 | 0.300 ± 0.041 | 0.000 ± 0.000 |" in text and "| reviews-96 | 0.600 ± 0.041 |" in text
+    assert "| reviews-16 | 5.0 | 0.300 ± 0.041 | 0.000 ± 0.000 |" in text
+    assert "| reviews-96 | 50.0 | 0.600 ± 0.041 |" in text
 
 
 def test_methods_name_the_best_and_whom_it_beats():

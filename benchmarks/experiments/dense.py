@@ -35,7 +35,7 @@ def report(records: list[dict[str, Any]]) -> Iterable[tuple[str, str, dict[str, 
     tasks = list(dict.fromkeys(record["task"] for record in records))
     for task in tasks:
         found = [record for record in records if record["task"] == task]
-        names = list(dict.fromkeys(record["arm"] for record in found))
+        names = in_order(found)
         shown = [name for name in names if name in MAIN]
         curves = {name: curve(found, name, "objective/scores") for name in shown}
         golds = {name: curve(found, name, "eval/gold") for name in shown}
@@ -49,6 +49,14 @@ def report(records: list[dict[str, Any]]) -> Iterable[tuple[str, str, dict[str, 
         yield f"Dense rewards, {task}", "\n\n".join([table(found, names), finding(found, names)]), figures
     if len(tasks) > 1:
         yield "Dense rewards and the length of the responses", lengths(records, tasks), {}
+
+
+def in_order(records: list[dict[str, Any]]) -> list[str]:
+    """The shapings that have runs, as `arms` has them; the runs are in the order in which they ended."""
+    there = list(dict.fromkeys(record["arm"] for record in records))
+    task = records[0]["task"]
+    wanted = [arm.name for arm in arms(Task(task, task))]
+    return sorted(there, key=lambda name: wanted.index(name) if name in wanted else len(wanted))
 
 
 def table(records: list[dict[str, Any]], names: list[str]) -> str:
@@ -95,6 +103,19 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
     close = difference(abc, uniform)
     if close:
         sentences.append(f"Against an even spread attention credit gains {close}: {verdict(close)}.")
+    costs = [
+        difference(*(by_seed(records, name, lambda record, key=key: record["final"][key]) for name in PAIR))
+        for key in ("length", "kl")
+    ]
+    if all(costs):
+        sentences.append(f"Its responses end up longer by {costs[0]} tokens and its KL higher by {costs[1]} nats.")
+    gains = {name: difference(by_seed(records, name, mean_score), terminal) for name in names if name != "terminal"}
+    apart = [f"{name} ({gain})" for name, gain in gains.items() if gain and gain.excludes_zero and gain.mean > 0]
+    if len(gains) > 3:
+        sentences.append(
+            f"Ahead of the terminal score beyond their intervals: {', '.join(apart) or 'none'}, of {len(gains)} "
+            f"shapings; {len(gains) / 20:.1f} intervals of 95 % would exclude zero by chance."
+        )
     return " ".join(sentences)
 
 
@@ -103,7 +124,7 @@ def answer(records: list[dict[str, Any]]) -> str:
     better, worse, level = [], [], []
     for task in dict.fromkeys(record["task"] for record in records):
         found = [record for record in records if record["task"] == task]
-        gain = difference(*(by_seed(found, name, mean_score) for name in ("abc 0.8", "terminal")))
+        gain = difference(*(by_seed(found, name, mean_score) for name in PAIR))
         if gain:
             group = level if not gain.excludes_zero else better if gain.mean > 0 else worse
             group.append(f"{task} ({gain})")
@@ -122,14 +143,22 @@ def verdict(gain: Any) -> str:
 
 
 def lengths(records: list[dict[str, Any]], tasks: list[str]) -> str:
-    lines = ["| task | attention credit − terminal, mean proxy over training | uniform − terminal |", "|---|--:|--:|"]
+    """Tasks by the length of the responses that the start model writes, the first evaluation's."""
+    rows = []
     for task in tasks:
         found = [record for record in records if record["task"] == task]
         terminal = by_seed(found, "terminal", mean_score)
         gains = [difference(by_seed(found, name, mean_score), terminal) for name in ("abc 0.8", "uniform")]
-        lines.append(f"| {task} | {' | '.join(str(gain or '–') for gain in gains)} |")
+        starts = [record["series"]["eval/length"][0][1] for record in found]
+        rows.append((sum(starts) / len(starts), task, " | ".join(str(gain or "–") for gain in gains)))
+    lines = [
+        "| task | tokens at the start | attention credit − terminal, mean proxy over training | uniform − terminal |",
+        "|---|--:|--:|--:|",
+        *(f"| {task} | {start:.1f} | {gains} |" for start, task, gains in sorted(rows)),
+    ]
     return "\n".join([*lines, "", "The published claim is that long responses gain most."])
 
 
+PAIR = ("abc 0.8", "terminal")
 TASKS = ("reviews-16", WIDE, "reviews-48", "reviews-96", "rt-polarity")
 EXPERIMENT = Experiment("dense", str(__doc__), TASKS, arms, report, answer)
