@@ -132,10 +132,23 @@ def register_loss_autograd(op: str, grads: dict[int, int]) -> None:
         result: list[Tensor | None] = [None] * ctx.arity
         for position, unit in zip(grads, ctx.saved_tensors):
             if grad_loss is not None and ctx.needs_input_grad[position]:
-                result[position] = unit * grad_loss.to(unit.dtype)
+                factor = grad_loss.to(unit.dtype)
+                once = is_one(factor, unit) and not graph_is_kept()
+                result[position] = unit if once else unit * factor
         return tuple(result)
 
     register_autograd(op, backward, setup_context)
+
+
+def is_one(factor: Tensor, unit: Tensor) -> bool:
+    """Whether unit · factor is unit, where that can be known: on a CPU, and not while torch traces."""
+    return type(unit) is Tensor and factor.device.type == "cpu" and factor.item() == 1
+
+
+def graph_is_kept() -> bool:
+    """Whether another backward pass may want what this one has saved; True where torch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tell is None or tell()
 
 
 def _setup_attached(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,10 +161,9 @@ def _attached_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | Non
         return grad_loss, None, None
     (unit,) = ctx.saved_tensors
     factor = grad_loss.to(unit.dtype)
-    if type(unit) is not Tensor:  # it is traced
-        return grad_loss, unit * factor, None
-    one = factor.device.type == "cpu" and factor.item() == 1
-    return grad_loss, unit if one else unit.mul_(factor), None
+    if is_one(factor, unit):
+        return grad_loss, unit, None
+    return grad_loss, unit.mul_(factor) if type(unit) is Tensor else unit * factor, None
 
 
 # `loss` with `gradient` as its derivative by `input`: for a gradient in memory that the caller gave, which the backward
