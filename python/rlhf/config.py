@@ -113,7 +113,6 @@ REWARD_FN = "path.py:function that scores instead of the reward model: (prompts,
 
 RM_CHAT_TEMPLATE = "show texts to the reward model as its tokenizer's chat template writes them"
 
-
 GOLD = "reward model that judges instead of the data's gold judge; its scores are never trained on"
 
 
