@@ -8,7 +8,7 @@ from typing import Any
 from . import plots
 from .dense import PPO
 from .experiment import Arm, Experiment, Task
-from .statistics import by_seed, curve, difference
+from .statistics import Interval, by_seed, curve, difference
 
 RANKINGS = 80  # of four responses each, that the reward model begins with
 REFRESHES, PROMPTS, RESPONSES = 5, 32, 2  # as many rated responses again, while the policy moves
@@ -59,23 +59,29 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
         said = f"falls by {-fall.mean:.3f} ± {fall.half:.3f}" if fall and fall.mean < 0 else "does not fall"
         shown = " (these seeds do not show that it is more than noise)" if fall and not fall.excludes_zero else ""
         sentences.append(f"{name}: gold peaks at {peak.mean:.3f} in step {step} and {said} by step {last}{shown}.")
-    for other in names:
-        last = {record["seed"]: record["final"]["gold"] for record in records if record["arm"] == other}
-        gain = difference(by_seed(records, "refreshed", lambda record: record["final"]["gold"]), last)
-        if gain and other != "refreshed":
-            shown = "" if gain.excludes_zero else ", which these seeds cannot tell from none"
-            sentences.append(f"At the end refreshing has {gain} of gold over {other}{shown}.")
+    for other, gain in gains(records, names).items():
+        shown = "" if gain.excludes_zero else ", which these seeds cannot tell from none"
+        sentences.append(f"At the end refreshing has {gain} of gold over {other}{shown}.")
     return "\n\n".join(sentences)
 
 
+def gains(records: list[dict[str, Any]], names: list[str]) -> dict[str, Interval]:
+    """Gold at the end, refreshed − each other arm, paired by seed."""
+    finals = {name: by_seed(records, name, lambda record: record["final"]["gold"]) for name in names}
+    found = {name: difference(finals.get("refreshed", {}), finals[name]) for name in names if name != "refreshed"}
+    return {name: gain for name, gain in found.items() if gain}
+
+
 def answer(records: list[dict[str, Any]]) -> str:
-    """Gold at the start of training and at its end, in each arm."""
+    """Gold at the start of training and at its end, in each arm, and what refreshing gains."""
     said = []
-    for name in dict.fromkeys(record["arm"] for record in records):
+    names = list(dict.fromkeys(record["arm"] for record in records))
+    for name in names:
         points = curve(records, name, "eval/gold")
         if points:
             (_, first), (_, last) = points[0], points[-1]
             said.append(f"{name} {first.mean:.2f} → {last.mean:.2f}")
+    said += [f"refreshed − {name} {gain}" for name, gain in gains(records, names).items()]
     return f"Gold from start to end: {'; '.join(said)}."
 
 
