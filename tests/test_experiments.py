@@ -89,6 +89,7 @@ def test_lengths_are_compared_between_tasks():
     assert title == "Dense rewards and the length of the responses"
     assert "| reviews-16 | 5.0 | 0.300 ± 0.041 | 0.000 ± 0.000 |" in text
     assert "| reviews-96 | 50.0 | 0.600 ± 0.041 |" in text
+    assert "reviews-96 gains 0.300 ± 0.000 more than reviews-16: it holds here." in text
 
 
 def test_methods_name_the_best_and_whom_it_beats():

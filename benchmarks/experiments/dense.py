@@ -21,12 +21,12 @@ MAIN = ("terminal", "uniform", "abc 0.8", "abc 0.8, total return")
 def arms(task: Task) -> list[Arm]:
     kinds = {"terminal": {"reward_shaping": "terminal"}, "uniform": {"reward_shaping": "uniform", "beta": 1.0}}
     kinds["abc 0.8"] = {"reward_shaping": "abc", "beta": 0.8}
-    kinds["abc 0.8, total return"] = kinds["abc 0.8"] | {"estimator": "total_return"}
+    kinds[CONTROL] = kinds["abc 0.8"] | {"estimator": "total_return"}
     if task.name == WIDE:
         for kind in SPREADING:
             kinds |= {f"{kind} {beta}": {"reward_shaping": kind, "beta": beta} for beta in (0.5, 1.0)}
     elif task.name in ("reviews-96", "rt-polarity"):  # the slowest
-        del kinds["abc 0.8, total return"]
+        del kinds[CONTROL]
     settings = PPO | {"steps": STEPS.get(task.name, PPO["steps"])}
     return [Arm(name, "ppo", settings | changes) for name, changes in kinds.items()]
 
@@ -102,13 +102,19 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
         )
     close = difference(abc, uniform)
     if close:
-        sentences.append(f"Against an even spread attention credit gains {close}: {verdict(close)}.")
+        sentences.append(f"Against an even spread attention credit gains {close}: {verdict(close, 'higher', 'lower')}.")
     costs = [
         difference(*(by_seed(records, name, lambda record, key=key: record["final"][key]) for name in PAIR))
         for key in ("length", "kl")
     ]
     if all(costs):
         sentences.append(f"Its responses end up longer by {costs[0]} tokens and its KL higher by {costs[1]} nats.")
+    control = difference(by_seed(records, CONTROL, mean_score), terminal)
+    if control:
+        sentences.append(
+            "With `--estimator total_return` every token gets the whole return, so that spreading it plays no part: "
+            f"{control} over the terminal score under GAE with λ = 0.95, {verdict(control, 'higher', 'lower')}."
+        )
     gains = {name: difference(by_seed(records, name, mean_score), terminal) for name in names if name != "terminal"}
     apart = [f"{name} ({gain})" for name, gain in gains.items() if gain and gain.excludes_zero and gain.mean > 0]
     if len(gains) > 3:
@@ -136,10 +142,10 @@ def answer(records: list[dict[str, Any]]) -> str:
     return f"Mean proxy over training, attention credit − last token: {'; '.join(said)}." if said else ""
 
 
-def verdict(gain: Any) -> str:
+def verdict(gain: Any, more: str = "it holds here", less: str = "the opposite holds here") -> str:
     if not gain.excludes_zero:
         return "no difference that these seeds could show"
-    return "it holds here" if gain.mean > 0 else "the opposite holds here"
+    return more if gain.mean > 0 else less
 
 
 def lengths(records: list[dict[str, Any]], tasks: list[str]) -> str:
@@ -147,18 +153,27 @@ def lengths(records: list[dict[str, Any]], tasks: list[str]) -> str:
     rows = []
     for task in tasks:
         found = [record for record in records if record["task"] == task]
-        terminal = by_seed(found, "terminal", mean_score)
-        gains = [difference(by_seed(found, name, mean_score), terminal) for name in ("abc 0.8", "uniform")]
+        means = {name: by_seed(found, name, mean_score) for name in ("terminal", "abc 0.8", "uniform")}
+        gains = " | ".join(str(difference(means[name], means["terminal"]) or "–") for name in ("abc 0.8", "uniform"))
         starts = [record["series"]["eval/length"][0][1] for record in found]
-        rows.append((sum(starts) / len(starts), task, " | ".join(str(gain or "–") for gain in gains)))
+        shared = means["abc 0.8"].keys() & means["terminal"].keys()
+        by_length = {seed: means["abc 0.8"][seed] - means["terminal"][seed] for seed in shared}
+        rows.append((sum(starts) / len(starts), task, gains, by_length))
+    rows.sort(key=lambda row: row[0])
     lines = [
         "| task | tokens at the start | attention credit − terminal, mean proxy over training | uniform − terminal |",
         "|---|--:|--:|--:|",
-        *(f"| {task} | {start:.1f} | {gains} |" for start, task, gains in sorted(rows)),
+        *(f"| {task} | {start:.1f} | {gains} |" for start, task, gains, _ in rows),
+        "",
     ]
-    return "\n".join([*lines, "", "The published claim is that long responses gain most."])
+    (_, shortest, _, first), (_, longest, _, last) = rows[0], rows[-1]
+    change = difference(last, first)
+    claim = "The published claim is that long responses gain most."
+    if change:
+        claim += f" Here {longest} gains {change} more than {shortest}: {verdict(change)}."
+    return "\n".join([*lines, claim])
 
 
-PAIR = ("abc 0.8", "terminal")
+PAIR, CONTROL = ("abc 0.8", "terminal"), "abc 0.8, total return"
 TASKS = ("reviews-16", WIDE, "reviews-48", "reviews-96", "rt-polarity")
 EXPERIMENT = Experiment("dense", str(__doc__), TASKS, arms, report, answer)
