@@ -66,6 +66,8 @@ def test_difference_is_paired_by_seed():
 def test_the_finding_says_which_way_it_went(gain, said):
     text = dense.finding(dense_records(gain), list(dense.MAIN))
     assert f"{gain:.3f} ± 0.041 over 4 seeds: {said}" in text.replace("-0.000", "0.000")
+    assert f"Over the first quarter of the steps it is {gain:.3f} ± 0.041" in text.replace("-0.000", "0.000")
+    assert statistics.mean_score(dense_records(gain)[0], 0.5) == pytest.approx(0.25 - 0.015)
     assert "peaks at 1.000 in step 4" in text and "longer by 0.000 ± 0.000 tokens" in text
     assert ("at step 3, 75% of the way" in text) == (gain == 0.3) and ("does not get there" in text) == (gain < 0)
 

@@ -88,6 +88,8 @@ def finding(records: list[dict[str, Any]], names: list[str]) -> str:
             f"The published claim is that attention credit has a higher mean reward over training than the score on "
             f"the last token. Here the paired difference is {gain} over {gain.count} seeds: {verdict(gain)}."
         )
+        early = difference(*(by_seed(records, name, lambda record: mean_score(record, 0.25)) for name in PAIR))
+        sentences.append(f"Over the first quarter of the steps it is {early}: {verdict(early)}.")
     curves = {name: curve(records, name, "objective/scores") for name in ("terminal", "abc 0.8") if name in names}
     if len(curves) == 2:
         peak = max(point.mean for _, point in curves["terminal"])

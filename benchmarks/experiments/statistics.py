@@ -46,9 +46,10 @@ def by_seed(records: Sequence[dict[str, Any]], arm: str, value: Any) -> dict[int
     return {record["seed"]: value(record) for record in records if record["arm"] == arm}
 
 
-def mean_score(record: dict[str, Any]) -> float:
-    """Mean reward of the training samples over the whole of training."""
+def mean_score(record: dict[str, Any], share: float = 1.0) -> float:
+    """Mean reward of the training samples over the whole of training, or over its first share."""
     points = record["series"]["objective/scores"]
+    points = points[: max(1, round(share * len(points)))]
     return sum(value for _, value in points) / len(points)
 
 
