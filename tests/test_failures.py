@@ -35,10 +35,10 @@ def checkpoints(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(mini):
+def whole(mini, tmp_path_factory):
     """The metrics of a PPO run by a reward function that nothing goes wrong in."""
     (mini / "reward.py").write_text("def score(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
-    folder = mini / "ppo-whole"
+    folder = tmp_path_factory.mktemp("whole") / "ppo"
     assert cli.main(by_function(mini, folder)) == 0
     return metrics(folder)
 

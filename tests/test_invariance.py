@@ -30,8 +30,8 @@ def first_update(mini, out, *more):
 
 
 @pytest.fixture(scope="module")
-def expected(mini):
-    return first_update(mini, mini / "invariance")
+def expected(mini, tmp_path_factory):
+    return first_update(mini, tmp_path_factory.mktemp("invariance") / "run")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -54,7 +54,10 @@ def test_backends(mini, tmp_path, expected):
 def test_logits_that_are_never_whole(mini, tmp_path, monkeypatch, trunk):
     expected = first_update(mini, tmp_path / "whole", "--value-trunk", trunk)
     monkeypatch.setattr(head, "WHOLE_LOGITS", 0)
+    calls, original = [], rk.linear_logprobs_entropy
+    monkeypatch.setattr(rk, "linear_logprobs_entropy", lambda *a, **k: calls.append(1) or original(*a, **k))
     assert first_update(mini, tmp_path / "chunks", "--value-trunk", trunk) == pytest.approx(expected, **TOLERANCE)
+    assert calls
 
 
 def test_the_side_of_the_padding(mini):

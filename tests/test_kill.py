@@ -58,18 +58,19 @@ def outcome(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(server, mini):
+def whole(server, mini, tmp_path_factory):
     """stage → (outcome, seconds, calls) of a run that nobody touches."""
     found = {}
+    runs = tmp_path_factory.mktemp("whole")
 
     def of(stage):
         if stage not in found:
             start = time.monotonic()
-            child = Child(server, command(mini, stage, mini / f"whole-{stage}"), mini / f"whole-{stage}.log")
+            child = Child(server, command(mini, stage, runs / stage), runs / f"{stage}.log")
             assert child.status() == 0, child.text()
             seconds = time.monotonic() - start
             calls = json.loads(Path(f"{child.log}.calls").read_text())
-            found[stage] = outcome(mini / f"whole-{stage}"), seconds, calls
+            found[stage] = outcome(runs / stage), seconds, calls
         return found[stage]
 
     return of

@@ -11,11 +11,12 @@ from . import plots
 from .experiment import Arm, Experiment, Task
 from .statistics import by_seed, curve, difference, interval, mean_score
 
-PPO = demo.PPO | {"steps": 30, "kl_coef": 0.05, "eval_every": 10, "eval_samples": 128, "num_samples": 0}
+PPO = demo.PPO | {"steps": 30, "kl_coef": 0.05, "eval_every": 10, "num_samples": 0}
 STEPS = {"rt-polarity": 50}  # where the curve still climbs after those
 WIDE = "reviews"  # the task of every shaping; responses of about 15 tokens
 SPREADING = ("abc", "abc-d", "prefix-diff", "grad-x-input", "value-attention")
-MAIN = ("terminal", "uniform", "abc 0.8", "abc 0.8, total return")
+PAIR, CONTROL = ("abc 0.8", "terminal"), "abc 0.8, total return"
+MAIN = ("terminal", "uniform", "abc 0.8", CONTROL)
 
 
 def arms(task: Task) -> list[Arm]:
@@ -176,6 +177,5 @@ def lengths(records: list[dict[str, Any]], tasks: list[str]) -> str:
     return "\n".join([*lines, claim])
 
 
-PAIR, CONTROL = ("abc 0.8", "terminal"), "abc 0.8, total return"
 TASKS = ("reviews-16", WIDE, "reviews-48", "reviews-96", "rt-polarity")
 EXPERIMENT = Experiment("dense", str(__doc__), TASKS, arms, report, answer)

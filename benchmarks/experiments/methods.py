@@ -11,7 +11,6 @@ from . import plots
 from .experiment import Arm, Experiment, Task
 from .statistics import by_seed, difference, interval
 
-EVALS = {"eval_samples": 128}
 COLUMNS = ("proxy", "gold", "kl", "perplexity", "length", "distinct_2")
 
 
@@ -19,12 +18,12 @@ def arms(task: Task) -> list[Arm]:
     """The demo's. Each learning rate, and DPO's β, is the best of four that were tried with a seed of its own (100)."""
     ppo = {"eval_every": 10, "num_samples": 0}
     return [
-        Arm("ppo terminal", "ppo", {**METHODS["ppo-terminal"].settings, **EVALS, **ppo}),
-        Arm("ppo abc", "ppo", {**METHODS["ppo-abc"].settings, **EVALS, **ppo}),
-        Arm("rrhf, 4 rounds", "rrhf", {**METHODS["rrhf"].settings, **EVALS}),
-        Arm("best of 4, SFT on it", "best_of_n", {**METHODS["best-of-n"].settings, **EVALS}),
-        Arm("rft, 4 rounds", "rft", {**METHODS["rft"].settings, **EVALS}),
-        Arm("dpo on samples", "dpo", {**METHODS["dpo"].settings, **EVALS}),
+        Arm("ppo terminal", "ppo", {**METHODS["ppo-terminal"].settings, **ppo}),
+        Arm("ppo abc", "ppo", {**METHODS["ppo-abc"].settings, **ppo}),
+        Arm("rrhf, 4 rounds", "rrhf", METHODS["rrhf"].settings),
+        Arm("best of 4, SFT on it", "best_of_n", METHODS["best-of-n"].settings),
+        Arm("rft, 4 rounds", "rft", METHODS["rft"].settings),
+        Arm("dpo on samples", "dpo", METHODS["dpo"].settings),
     ]
 
 

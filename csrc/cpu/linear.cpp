@@ -72,7 +72,7 @@ at::Tensor LiveRows::scatter(const at::Tensor& compact) const {
 Head::Head(const at::Tensor& weight_in, const std::optional<at::Tensor>& bias)
     : vocabulary(weight_in.size(0)),
       bf16(weight_in.scalar_type() == at::kBFloat16 && has_bf16_products(weight_in.size(1))),
-      fp32(!bf16 && compute_type(weight_in) == at::kFloat && has_fp32_products()),
+      fp32(!bf16 && compute_type(weight_in) == at::kFloat && has_fp32_products(weight_in.size(1))),
       weight(bf16 || fp32 ? weight_in.to(bf16 ? at::kBFloat16 : at::kFloat).contiguous()
                           : weight_in.to(compute_type(weight_in))),
       type(compute_type(weight_in)),

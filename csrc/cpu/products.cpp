@@ -84,7 +84,7 @@ bool has_avx512_bf16() { return false; }
 bool mkl_lacks_avx512() { return false; }
 #endif
 
-// f(begin, end) of blocks of `size` of n, in parallel.
+// f(start, size) of the blocks of n, of which the last may be smaller, in parallel.
 template <typename F>
 void for_blocks(int64_t n, int64_t size, F f) {
   at::parallel_for(0, blocks(n, size), 1, [&](int64_t first, int64_t last) {
@@ -114,10 +114,10 @@ bool has_bf16_products(int64_t width) {
   return width % 2 == 0 && width > 0 && there;
 }
 
-bool has_fp32_products() {
+bool has_fp32_products(int64_t width) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   static const bool there = mkl_lacks_avx512() && multiplies<float>();
-  return there;
+  return width > 0 && there;
 #else
   return false;
 #endif

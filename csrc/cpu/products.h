@@ -14,7 +14,7 @@ namespace rlhf_kernels {
 
 // Whether this machine has them, for hidden states of this width.
 bool has_bf16_products(int64_t width);
-bool has_fp32_products();
+bool has_fp32_products(int64_t width);
 
 // out[n, V] = hidden[n, H] · weight[V, H]ᵀ + bias, in fp32; hidden, weight and out are contiguous.
 void bf16_logits(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
