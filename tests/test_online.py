@@ -79,6 +79,12 @@ def test_old_rankings_may_be_in_a_file_of_their_own(tmp_path, start, settings):
     assert line["refresh/rankings"] == line["label/rankings"] + 9
 
 
+def test_old_rankings_that_are_not_there_are_named(tmp_path, start):
+    with pytest.raises(UserError, match=r"rm_data .*absent\.jsonl: .*is not there"):
+        online.main(config(tmp_path / "run", start, rm_data=str(tmp_path / "absent.jsonl")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_refreshed_model_is_saved_with_a_normalisation_of_its_own(whole, start):
     model, tokenizer = load_reward_model(str(whole / "reward"))
     before, _ = load_reward_model(start.reward_model)

@@ -87,7 +87,7 @@ class Feedback:
         assert config.rm is not None  # the config refuses a run without one
         self.config = config
         self.judge = judge_of(config)
-        self.old = task_of(replace(config, data=config.rm_data), config.rm).rankings if config.rm_data else None
+        self.old = old_rankings(config, config.rm_data) if config.rm_data else None
         self.rm_config = rm.RmConfig(
             out=config.out,
             init=config.rm,
@@ -210,6 +210,14 @@ class Feedback:
             if "pair_accuracy" in result:
                 found[name] = result["pair_accuracy"]
         return found
+
+
+def old_rankings(config: OnlineConfig, data: str) -> list[Ranking]:
+    """Those of rm_data. Raises UserError, which names the flag, for data that cannot be read."""
+    try:
+        return task_of(replace(config, data=data), config.rm).rankings
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"rm_data {data}: {error}") from error
 
 
 def judge_of(config: OnlineConfig) -> Judge | None:
